@@ -1,0 +1,229 @@
+#ifndef MOED_KERNELS_CUDA_CUDA_H
+#define MOED_KERNELS_CUDA_CUDA_H
+
+#include <cuda_runtime_api.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/quant.h"
+
+/*
+ * GPU kernels of the forward pass: launchers, callable from C. All pointers but those of the argument structs are device
+ * memory. A launcher only enqueues on the stream and returns the launch's error; every kernel may be captured in a graph
+ * and follows its predecessor by programmatic dependent launch. No kernel adds floats atomically: every sum has one order.
+ */
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    CUDA_TILE_ROWS = 16,
+    CUDA_CHUNK = 256,     /* columns of one chunk; rows of activations are padded to it with zeros */
+    CUDA_CHAINS = 4,      /* a dot product is four sums, see cuda_matmul */
+    CUDA_TOKENS_MAX = 64, /* of one expert item, and of one pass over a matrix */
+};
+
+/*
+ * A matrix of `experts` times `rows` rows of `columns` weights in the order of tile.cuh: expert after expert, in each
+ * tiles of 16 rows, in each chunks of 256 columns. Rows and columns are padded with zero weights.
+ */
+struct cuda_matrix {
+    enum quant_type type;
+    uint32_t columns, rows, experts;
+    float scale; /* a power of two; weights times it are what is multiplied, in f16 */
+    const void *tiles;
+};
+
+/* Bytes of one chunk: those of 16 rows of 256 columns in the format; 0 for a format moed does not run. */
+size_t cuda_chunk_bytes(enum quant_type type);
+/* Bytes of the tiles of one expert (of the whole matrix where there is one). */
+size_t cuda_matrix_expert_bytes(enum quant_type type, uint32_t columns, uint32_t rows);
+
+/*
+ * Repacks `rows` rows of the file's format (row_bytes apart; a whole number of tiles but for the matrix's last) into
+ * tiles at `tiles`. With `pairs` not NULL the tile's rows 0 to 7 come from `rows_data` and 8 to 15 from `pairs`, as gate
+ * and up are interleaved; `rows` then counts the rows of each.
+ */
+cudaError_t cuda_pack(enum quant_type type, const void *rows_data, const void *pairs, size_t row_bytes,
+                      uint32_t columns, uint32_t rows, void *tiles, cudaStream_t stream);
+/* Raises *bound, the bits of a float that is not negative, to the greatest absolute value a weight of these rows can have. */
+cudaError_t cuda_weight_bound(enum quant_type type, const void *rows_data, size_t blocks, uint32_t *bound,
+                              cudaStream_t stream);
+
+/* Tokens of one expert: order[first .. first + count). */
+struct cuda_item {
+    uint32_t expert, first, count;
+};
+
+enum cuda_epilogue {
+    CUDA_STORE,  /* y = W x */
+    CUDA_ADD,    /* y = y + W x */
+    CUDA_SWIGLU, /* y[i] = silu(gate_i x) * (up_i x); W interleaves gate and up, y has rows / 2 columns */
+    CUDA_GATED,  /* y = silu(y) * W x: where gate and up have different formats */
+};
+
+/*
+ * y[t] = W x[t]. x: f16 [.][columns padded], with x_scale[t], a power of two: x times it is the activation.
+ * Dense: items NULL, tokens t = 0 .. tokens - 1. By expert: item_limit items (those at and behind *item_count do nothing);
+ * token j of an item is assignment a = order[first + j]: x row a / x_divisor, y row a.
+ * Order of a row's sum: chain j = 0..3 runs over chunks j, j + 4, j + 8, ... in f32 through the mma of 16 columns each;
+ * the result is ((s0 + s1) + s2) + s3, times x_scale / W.scale. It is the same whatever else is computed.
+ */
+struct cuda_matmul {
+    const struct cuda_matrix *w;
+    const void *x;
+    const float *x_scale;
+    float *y;
+    uint32_t y_stride; /* floats */
+    uint32_t tokens;   /* dense: any number; by expert: the most tokens of an item, at most CUDA_TOKENS_MAX */
+    enum cuda_epilogue epilogue;
+    const struct cuda_item *items;
+    const uint32_t *item_count, *order;
+    uint32_t item_limit, x_divisor;
+    bool items_early; /* items, item_count and order were complete before the kernel before let this one begin */
+};
+cudaError_t cuda_matmul(const struct cuda_matmul *arguments, cudaStream_t stream);
+/* Dense products of the same x and tokens, as cuda_matmul of each; in one launch where their formats allow it. */
+enum { CUDA_PARTS = 3 };
+cudaError_t cuda_matmul_parts(const struct cuda_matmul *arguments, uint32_t count, cudaStream_t stream);
+
+/*
+ * The same product with the same bits, for many tokens, where the device and the build have Hopper's matrix unit
+ * (cuda_matmul_many_runs): items have up to CUDA_MANY_TOKENS tokens, and x is interleaved: cuda_interleave changes the
+ * order of each 32 columns of x [rows][columns padded] in place.
+ */
+enum { CUDA_MANY_TOKENS = 128 };
+bool cuda_matmul_many_runs(void);
+cudaError_t cuda_interleave(void *x, uint32_t columns, uint32_t rows, cudaStream_t stream);
+cudaError_t cuda_matmul_many(const struct cuda_matmul *arguments, cudaStream_t stream);
+
+/*
+ * Activations for cuda_matmul: half[t] = f16(value / scale[t]), padded with zeros to a multiple of CUDA_CHUNK, where
+ * scale[t] is the power of two that brings the row's greatest absolute value to 128 .. 256. A NaN or Inf makes scale NaN.
+ */
+struct cuda_activation {
+    void *half;
+    float *scale;
+};
+
+/*
+ * Causal attention over a paged f16 KV cache. A block holds CUDA_KV_BLOCK consecutive positions of one sequence for one
+ * layer: for each KV head keys [CUDA_KV_BLOCK][head_dim], then values [head_dim][CUDA_KV_BLOCK].
+ */
+enum { CUDA_KV_BLOCK = 32, CUDA_KV_PIECE = 64, CUDA_HEAD_DIM_MAX = 256 };
+
+struct cuda_heads {
+    uint32_t heads, kv_heads,
+        head_dim; /* head_dim: a multiple of 32, at most CUDA_HEAD_DIM_MAX; 16 >= heads / kv_heads */
+};
+
+/* Bytes of one block of one layer. */
+size_t cuda_kv_block_bytes(const struct cuda_heads *heads);
+
+/* What the rows of a step are: arrays of `rows` but for the block tables. */
+struct cuda_rows {
+    const uint32_t *position; /* of each row in its sequence */
+    const uint32_t *table;    /* where the block table of the row's sequence begins in `tables` */
+    const uint32_t *tables;   /* block ids */
+    uint32_t rows;
+};
+
+/*
+ * The heads of a row's projections: q and k get their RMS norm and NeoX rotation. q goes to `q` [rows][heads][head_dim]
+ * in f16, times 1 / sqrt(head_dim) and log2(e) for the softmax in powers of two; k and v go to the cache as f16.
+ * qkv: [rows][heads + 2 kv_heads][head_dim]; cos_sin: [positions][head_dim / 2][2].
+ */
+cudaError_t cuda_rope(const struct cuda_heads *heads, const struct cuda_rows *rows, const float *qkv,
+                      const float *q_norm, const float *k_norm, float epsilon, const float *cos_sin, void *q,
+                      void *cache, cudaStream_t stream);
+
+/*
+ * y[row][heads][head_dim] of all rows. A row's context is cut into pieces of CUDA_KV_PIECE positions, in each of which
+ * the softmax runs over blocks in rising order; pieces are joined one by one in rising order. Either way of going about
+ * it does the same operations on a row, and gives the same bits:
+ *   split: one warp a piece, joined by a second kernel, for few rows. partial: cuda_attention_partial_floats(...) floats;
+ *   not split (partial NULL): one warp runs through all pieces, for many rows.
+ * A warp takes up to 16 rows of q, the query heads of `tile_tokens` consecutive rows of one sequence: tiles[i] is the
+ * first row of tile i and tile_rows[i] how many it has, at most cuda_attention_tile_tokens(heads).
+ * context_limit: no row's position reaches it; it sets the launch's size.
+ * With out.half, y rounded goes there, and y may stay unwritten; heads * head_dim is at most 8192 then.
+ */
+struct cuda_attention {
+    struct cuda_heads heads;
+    struct cuda_rows rows;
+    const void *q, *cache;
+    const uint32_t *tiles, *tile_rows;
+    uint32_t tile_count, context_limit;
+    float *partial;
+    float *y;
+    struct cuda_activation out;
+};
+uint32_t cuda_attention_tile_tokens(const struct cuda_heads *heads);
+size_t cuda_attention_partial_floats(const struct cuda_heads *heads, uint32_t rows, uint32_t context_limit);
+cudaError_t cuda_attention(const struct cuda_attention *arguments, cudaStream_t stream);
+
+/* x[t][columns] = row tokens[t] of a table in the file's format. */
+cudaError_t cuda_embed(enum quant_type type, const void *table, size_t row_bytes, uint32_t columns,
+                       const uint32_t *tokens, uint32_t rows, float *x, cudaStream_t stream);
+
+/*
+ * What stands between two matrix products, one block a row of at most 8192 columns, a multiple of 4:
+ *   x[row] += sum over rank of weight[rank] * experts[row * used + rank], in rising rank, where `experts` is given;
+ *   x[row] / sqrt(mean of squares + epsilon) * norm goes to `out` and to `plain` (where given).
+ * With `select`, output row i is of x row select[i].
+ */
+struct cuda_norm {
+    float *x;
+    uint32_t columns, rows;
+    const float *norm;
+    float epsilon;
+    const float *experts, *weights; /* [rows * used][columns], [rows][used] */
+    uint32_t used;
+    const uint32_t *select;
+    struct cuda_activation out;
+    float *plain; /* [rows][columns] */
+};
+cudaError_t cuda_norm(const struct cuda_norm *arguments, cudaStream_t stream);
+
+/*
+ * out[row] = x[row], of a multiple of 4 columns. It lets its successor begin only when its predecessor has ended: that
+ * successor may read what kernels before those two wrote without waiting.
+ */
+cudaError_t cuda_round(const float *x, uint32_t columns, uint32_t rows, const struct cuda_activation *out,
+                       cudaStream_t stream);
+
+/*
+ * The norm before the router (norm.experts and norm.select NULL), and the router. logits[row][experts] =
+ * router[experts][columns] normed x[row], in f32; then of each row the `used` likeliest experts (ties: the lower id)
+ * with weights renormalized to sum 1, and the work they make, sorted by expert: items of at most `item_tokens` assignments
+ * (row * used + rank), see cuda_matmul. norm.plain is scratch for many rows.
+ */
+enum { CUDA_EXPERTS_MAX = 1024, CUDA_EXPERTS_USED_MAX = 32 };
+
+struct cuda_route {
+    struct cuda_norm norm;
+    const float *router;
+    uint32_t experts, used, item_tokens;
+    float *logits;    /* [rows][experts] */
+    uint32_t *chosen; /* [rows][used] */
+    float *weights;   /* [rows][used] */
+    struct cuda_item *items;
+    uint32_t *item_count, *order;
+};
+/* Most items that `rows` rows can make. */
+uint32_t cuda_route_item_limit(uint32_t rows, uint32_t experts, uint32_t used, uint32_t item_tokens);
+cudaError_t cuda_route(const struct cuda_route *arguments, cudaStream_t stream);
+
+/*
+ * ids[row] = the first index of the greatest of logits[row][vocab]; UINT32_MAX where a logit is not finite.
+ * partial: room for CUDA_GREATEST_PARTS of each row.
+ */
+enum { CUDA_GREATEST_PARTS = 32 };
+cudaError_t cuda_greatest(const float *logits, uint32_t vocab, uint32_t rows, uint64_t *partial, uint32_t *ids,
+                          cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,52 @@
+#ifndef MOED_KERNELS_CUDA_LAUNCH_CUH
+#define MOED_KERNELS_CUDA_LAUNCH_CUH
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "kernels/cuda/cuda.h"
+
+/* Lets the next kernel of the stream begin; what it reads of this one's results it reads after wait_for_predecessor. */
+static __device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/* Waits until the kernel before has ended and its writes are seen. What no kernel of a step writes may be read before. */
+static __device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* Launches a kernel that may begin while its predecessor ends. */
+template <class... PARAMETERS, class... ARGUMENTS>
+static cudaError_t launch(void (*kernel)(PARAMETERS...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                          ARGUMENTS... arguments) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, PARAMETERS(arguments)...);
+}
+
+/* Bytes of 16 rows of 256 weights in a format. */
+static __host__ __device__ constexpr size_t launch_chunk_bytes(int type) {
+    return type == QUANT_F32    ? 16384
+           : type == QUANT_F16  ? 8192
+           : type == QUANT_BF16 ? 8192
+           : type == QUANT_Q8_0 ? 4352
+           : type == QUANT_Q4_K ? 2304
+           : type == QUANT_Q5_K ? 2816
+           : type == QUANT_Q6_K ? 3360
+                                : 0;
+}
+
+#endif

@@ -1,0 +1,84 @@
+#ifndef MOED_KERNELS_CUDA_NORM_CUH
+#define MOED_KERNELS_CUDA_NORM_CUH
+
+#include <cuda_fp16.h>
+#include <math.h>
+#include <stdint.h>
+
+#include "kernels/cuda/cuda.h"
+
+/*
+ * Parts of kernels that norm rows or round them to f16. A block of NORM_THREADS shares a row: thread i adds the squares
+ * of columns 4 i .. 4 i + 3, then those 4 NORM_THREADS further on, by fma; lanes are halved 16, 8, 4, 2, 1, then warps
+ * are as if they were lanes.
+ */
+enum { NORM_THREADS = 512, NORM_WARPS = NORM_THREADS / 32, NORM_COLUMNS_MAX = 8192 };
+
+template <class OPERATION> static __device__ __forceinline__ float warp_reduce(float value, OPERATION operation) {
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2)
+        value = operation(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    return value;
+}
+
+/* Joins what the warps of a block have left in `shared`, of values that 0 does not change. */
+template <class OPERATION>
+static __device__ __forceinline__ float join_warps(const float *shared, OPERATION operation) {
+    const uint32_t lane = threadIdx.x % 32;
+    return warp_reduce(lane < blockDim.x / 32 ? shared[lane] : 0.0f, operation);
+}
+
+/* Over all warps of a block; `shared` has a float for each, and must not be in use. */
+template <class OPERATION>
+static __device__ __forceinline__ float block_reduce(float value, OPERATION operation, float *shared) {
+    value = warp_reduce(value, operation);
+    if (threadIdx.x % 32 == 0)
+        shared[threadIdx.x / 32] = value;
+    __syncthreads();
+    return join_warps(shared, operation);
+}
+
+/* As the greater, but a NaN stays. */
+static __device__ __forceinline__ float greater(float a, float b) {
+    return a != a ? a : b != b ? b : fmaxf(a, b);
+}
+
+static __device__ __forceinline__ float plus(float a, float b) {
+    return a + b;
+}
+
+static __device__ __forceinline__ float greatest_of(float4 v) {
+    return greater(greater(fabsf(v.x), fabsf(v.y)), greater(fabsf(v.z), fabsf(v.w)));
+}
+
+static __device__ __forceinline__ float add_squares(float4 v, float sum) {
+    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
+}
+
+static __device__ __forceinline__ float norm_factor(float squares, uint32_t columns, float epsilon) {
+    return 1.0f / sqrtf(squares / (float)columns + epsilon);
+}
+
+static __device__ __forceinline__ float4 normed(float4 v, float factor, float4 norm) {
+    return make_float4(v.x * factor * norm.x, v.y * factor * norm.y, v.z * factor * norm.z, v.w * factor * norm.w);
+}
+
+/* The scale of a row of cuda_activation, and 1 / scale in `shrink`, from its greatest absolute value. */
+static __device__ __forceinline__ float rounding_scale(float greatest, float &shrink) {
+    const int exponent = greatest > 0 ? (int)(__float_as_uint(greatest) >> 23) - 126 : 0; /* greatest < 2^exponent */
+    const int clamped = max(exponent, -100); /* so that both powers are normal numbers */
+    shrink = __uint_as_float((uint32_t)(127 + 8 - clamped) << 23);
+    return greatest <= 3.4e38f ? __uint_as_float((uint32_t)(127 + clamped - 8) << 23) : NAN;
+}
+
+static __device__ __forceinline__ uint2 rounded(float4 v, float shrink) {
+    const half2 low = __floats2half2_rn(v.x * shrink, v.y * shrink),
+                high = __floats2half2_rn(v.z * shrink, v.w * shrink);
+    return make_uint2(*reinterpret_cast<const uint32_t *>(&low), *reinterpret_cast<const uint32_t *>(&high));
+}
+
+static __host__ __device__ __forceinline__ uint32_t padded_columns(uint32_t columns) {
+    return (columns + CUDA_CHUNK - 1) / CUDA_CHUNK * CUDA_CHUNK;
+}
+
+#endif

@@ -1,0 +1,356 @@
+#ifndef MOED_KERNELS_CUDA_TILE_CUH
+#define MOED_KERNELS_CUDA_TILE_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include "kernels/cuda/cuda.h"
+
+/*
+ * Weights on the GPU: chunks of 16 rows by 256 columns, in the order in which a warp feeds them to mma.m16n8k16, with the
+ * bytes of the format. Lane 4 g + t holds rows g and g + 8; of every group of 32 columns it holds columns 8 t to 8 t + 7,
+ * as four pairs n = 0..3. Pairs 0 and 1 are the operands of the group's first mma, 2 and 3 of its second; which columns
+ * meet in one mma does not matter as long as activations follow the same order, and so a lane reads its 8 activations
+ * of a group with one 16-byte load.
+ *
+ * "Word" below is what one lane holds of one row and one group, pair n's two weights in its two 16-bit halves:
+ *   Q4_K  [4][32 lanes] {g of group 2i, g + 8 of 2i, g of 2i + 1, g + 8 of 2i + 1}: word with pair n at bits 4 n
+ *         [16 rows] {d, dmin, the 12 bytes of scales}
+ *   Q5_K  as Q4_K, then [32 lanes] four words of high bits, one for two groups: combination c of row and group (in the
+ *         order above) and pair n at bit 4 c + n of each half; then the rows' scales as Q4_K
+ *   Q6_K  low bits as Q4_K, then [2][32 lanes] high bits, a word a group: row g's pair n at bits 2 n, g + 8's at 8 + 2 n;
+ *         [16 rows] 16 scales; [16 rows] d
+ *   Q8_0  [8 groups][32 lanes] {8 of row g, 8 of row g + 8}; [16 rows] d of 8 groups
+ *   F16, BF16  [8 groups][2: g, g + 8][32 lanes] 8 weights;  F32  [8 groups][2][2: first, second four][32 lanes] 4 weights
+ *
+ * A weight is used as the f16 nearest to it times the matrix's scale, a power of two: for Q4_K and Q5_K
+ * fma(2^b + q, s, c) in f16 with s = f16(d scale6) and c = f16(-2^b s - dmin min6), b = 4 or 5; for the others one product.
+ */
+
+static __device__ __forceinline__ uint32_t tile_select(uint32_t bits, uint32_t mask, uint32_t base) {
+    uint32_t out; /* bits & mask | base */
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(bits), "r"(mask), "r"(base));
+    return out;
+}
+
+static __device__ __forceinline__ half2 tile_half2(uint32_t bits) {
+    return *reinterpret_cast<half2 *>(&bits);
+}
+
+static __device__ __forceinline__ uint32_t tile_bits(half2 value) {
+    return *reinterpret_cast<uint32_t *>(&value);
+}
+
+/* Left by a positive, right by a negative constant. */
+template <int SHIFT> static __device__ __forceinline__ uint32_t tile_shift(uint32_t bits) {
+    return SHIFT >= 0 ? bits << (SHIFT & 31) : bits >> (-SHIFT & 31);
+}
+
+/* Scale and minimum of group first + i (0 or 4, 0..3) from the twelve bytes of Q4_K and Q5_K (kernels/quant.h). */
+static __device__ __forceinline__ void tile_scale6(uint4 row, int first, int i, float &scale, float &minimum) {
+    const half2 d = tile_half2(row.x);
+    const uint32_t y = row.y >> 8 * i, z = row.z >> 8 * i, w = row.w >> 8 * i;
+    const uint32_t s = first == 0 ? y & 63 : (w & 15) | (y >> 2 & 48);
+    const uint32_t m = first == 0 ? z & 63 : (w >> 4 & 15) | (z >> 2 & 48);
+    scale = __low2float(d) * (float)s;
+    minimum = __high2float(d) * (float)m;
+}
+
+/*
+ * One chunk in a lane's registers: load() fetches it, factors() decodes its scales, and fragments() gives the eight
+ * operands of one group: a[0..3] of its first mma (row g, g + 8 with pair 0; g, g + 8 with pair 1) and a[4..7] of its
+ * second. A warp calls each as a whole.
+ */
+template <int TYPE> struct tile;
+
+/* f16 factors {s, c} of a row's group, for the formats with minima. s and m: the group's, times the row's d. */
+static __device__ __forceinline__ half2 tile_factor(float s, float m, float base, float matrix_scale) {
+    const half scale = __float2half_rn(s * matrix_scale);
+    return __halves2half2(scale, __float2half_rn(-base * __half2float(scale) - m * matrix_scale));
+}
+
+/*
+ * The four lanes of a row need the factors of the same eight groups: lane t makes those of groups t and t + 4, and gets
+ * the others from its neighbours, which all lanes of the warp have to ask for together.
+ */
+struct tile_factors {
+    half2 row0[2], row8[2];
+
+    __device__ __forceinline__ half2 of_row0(int group) const {
+        return __shfl_sync(0xffffffffu, row0[group / 4], group & 3, 4);
+    }
+    __device__ __forceinline__ half2 of_row8(int group) const {
+        return __shfl_sync(0xffffffffu, row8[group / 4], group & 3, 4);
+    }
+};
+
+static __device__ __forceinline__ tile_factors tile_factors_of(uint4 row0, uint4 row8, float base, float matrix_scale,
+                                                               int lane) {
+    tile_factors f;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float s, m;
+        tile_scale6(row0, 4 * i, lane & 3, s, m);
+        f.row0[i] = tile_factor(s, m, base, matrix_scale);
+        tile_scale6(row8, 4 * i, lane & 3, s, m);
+        f.row8[i] = tile_factor(s, m, base, matrix_scale);
+    }
+    return f;
+}
+
+template <int N> static __device__ __forceinline__ uint32_t tile_weights4(uint32_t word, half2 factor) {
+    const uint32_t q = tile_select(tile_shift<6 - 4 * N>(word), 0x03c003c0u, 0x4c004c00u); /* 16 + q */
+    return tile_bits(__hfma2(tile_half2(q), __low2half2(factor), __high2half2(factor)));
+}
+
+template <> struct tile<QUANT_Q4_K> {
+    uint4 q[4], row0, row8;
+
+    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            q[i] = __ldcs((const uint4 *)chunk + 32 * i + lane);
+        row0 = __ldcs((const uint4 *)(chunk + 2048) + lane / 4);
+        row8 = __ldcs((const uint4 *)(chunk + 2048) + lane / 4 + 8);
+    }
+
+    __device__ __forceinline__ tile_factors factors(float matrix_scale, int lane) const {
+        return tile_factors_of(row0, row8, 16.0f, matrix_scale, lane);
+    }
+
+    __device__ __forceinline__ void fragments(int group, const tile_factors &factors, uint32_t a[8]) const {
+        const uint4 v = q[group / 2];
+        const uint32_t low = group & 1 ? v.z : v.x, high = group & 1 ? v.w : v.y;
+        const half2 f0 = factors.of_row0(group), f8 = factors.of_row8(group);
+        a[0] = tile_weights4<0>(low, f0);
+        a[1] = tile_weights4<0>(high, f8);
+        a[2] = tile_weights4<1>(low, f0);
+        a[3] = tile_weights4<1>(high, f8);
+        a[4] = tile_weights4<2>(low, f0);
+        a[5] = tile_weights4<2>(high, f8);
+        a[6] = tile_weights4<3>(low, f0);
+        a[7] = tile_weights4<3>(high, f8);
+    }
+};
+
+template <int N, int C>
+static __device__ __forceinline__ uint32_t tile_weights5(uint32_t word, uint32_t bits, half2 factor) {
+    uint32_t q = tile_select(tile_shift<5 - 4 * N>(word), 0x01e001e0u, 0x50005000u); /* 32 + low bits */
+    q = tile_select(tile_shift<9 - (4 * C + N)>(bits), 0x02000200u, q);
+    return tile_bits(__hfma2(tile_half2(q), __low2half2(factor), __high2half2(factor)));
+}
+
+template <> struct tile<QUANT_Q5_K> {
+    uint4 q[4], bits, row0, row8;
+
+    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            q[i] = __ldcs((const uint4 *)chunk + 32 * i + lane);
+        bits = __ldcs((const uint4 *)(chunk + 2048) + lane);
+        row0 = __ldcs((const uint4 *)(chunk + 2560) + lane / 4);
+        row8 = __ldcs((const uint4 *)(chunk + 2560) + lane / 4 + 8);
+    }
+
+    template <int ODD>
+    __device__ __forceinline__ void pairs(uint32_t low, uint32_t high, uint32_t b, half2 f0, half2 f8,
+                                          uint32_t a[8]) const {
+        a[0] = tile_weights5<0, 2 * ODD>(low, b, f0);
+        a[1] = tile_weights5<0, 2 * ODD + 1>(high, b, f8);
+        a[2] = tile_weights5<1, 2 * ODD>(low, b, f0);
+        a[3] = tile_weights5<1, 2 * ODD + 1>(high, b, f8);
+        a[4] = tile_weights5<2, 2 * ODD>(low, b, f0);
+        a[5] = tile_weights5<2, 2 * ODD + 1>(high, b, f8);
+        a[6] = tile_weights5<3, 2 * ODD>(low, b, f0);
+        a[7] = tile_weights5<3, 2 * ODD + 1>(high, b, f8);
+    }
+
+    __device__ __forceinline__ tile_factors factors(float matrix_scale, int lane) const {
+        return tile_factors_of(row0, row8, 32.0f, matrix_scale, lane);
+    }
+
+    __device__ __forceinline__ void fragments(int group, const tile_factors &factors, uint32_t a[8]) const {
+        const uint4 v = q[group / 2];
+        const uint32_t b = group / 2 == 0 ? bits.x : group / 2 == 1 ? bits.y : group / 2 == 2 ? bits.z : bits.w;
+        const half2 f0 = factors.of_row0(group), f8 = factors.of_row8(group);
+        if (group & 1)
+            pairs<1>(v.z, v.w, b, f0, f8, a);
+        else
+            pairs<0>(v.x, v.y, b, f0, f8, a);
+    }
+};
+
+template <int N, int C>
+static __device__ __forceinline__ uint32_t tile_weights6(uint32_t word, uint32_t bits, half2 scale) {
+    uint32_t q = tile_select(tile_shift<4 - 4 * N>(word), 0x00f000f0u, 0x54005400u); /* 64 + low bits */
+    q = tile_select(tile_shift<8 - 2 * (4 * C + N)>(bits), 0x03000300u, q);
+    const half2 centred = __hsub2(tile_half2(q), __float2half2_rn(96.0f)); /* exact */
+    return tile_bits(__hmul2(centred, scale));
+}
+
+template <> struct tile<QUANT_Q6_K> {
+    uint4 q[4], bits[2], scales0, scales8;
+    float d0, d8;
+
+    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            q[i] = __ldcs((const uint4 *)chunk + 32 * i + lane);
+        bits[0] = __ldcs((const uint4 *)(chunk + 2048) + lane);
+        bits[1] = __ldcs((const uint4 *)(chunk + 2560) + lane);
+        scales0 = __ldcs((const uint4 *)(chunk + 3072) + lane / 4);
+        scales8 = __ldcs((const uint4 *)(chunk + 3072) + lane / 4 + 8);
+        d0 = __half2float(__ldcs((const half *)(chunk + 3328) + lane / 4));
+        d8 = __half2float(__ldcs((const half *)(chunk + 3328) + lane / 4 + 8));
+    }
+
+    /*
+     * Columns 8 t to 8 t + 7 lie in one half of the group: those of lanes t = 0, 1 in its first sixteen, of 2, 3 in its
+     * second. Of such a pair the even lane makes the scales {row g, row g + 8} of groups 0 to 3, the odd one of 4 to 7.
+     */
+    struct shared_factors {
+        half2 rows[4];
+    };
+
+    __device__ __forceinline__ shared_factors factors(float matrix_scale, int lane) const {
+        const uint32_t low0 = lane & 1 ? scales0.z : scales0.x, high0 = lane & 1 ? scales0.w : scales0.y;
+        const uint32_t low8 = lane & 1 ? scales8.z : scales8.x, high8 = lane & 1 ? scales8.w : scales8.y;
+        const int half_shift = 4 * (lane & 2);
+        shared_factors f;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int shift = 16 * (i & 1) + half_shift;
+            f.rows[i] = __floats2half2_rn(d0 * matrix_scale * (float)(int8_t)((i < 2 ? low0 : high0) >> shift),
+                                          d8 * matrix_scale * (float)(int8_t)((i < 2 ? low8 : high8) >> shift));
+        }
+        return f;
+    }
+
+    __device__ __forceinline__ void fragments(int group, const shared_factors &factors, uint32_t a[8]) const {
+        const uint4 v = q[group / 2], h = bits[group / 4];
+        const uint32_t low = group & 1 ? v.z : v.x, high = group & 1 ? v.w : v.y;
+        const uint32_t b = (group & 3) == 0 ? h.x : (group & 3) == 1 ? h.y : (group & 3) == 2 ? h.z : h.w;
+        const half2 both = __shfl_sync(0xffffffffu, factors.rows[group & 3], group / 4, 2);
+        const half2 s0 = __low2half2(both), s8 = __high2half2(both);
+        a[0] = tile_weights6<0, 0>(low, b, s0);
+        a[1] = tile_weights6<0, 1>(high, b, s8);
+        a[2] = tile_weights6<1, 0>(low, b, s0);
+        a[3] = tile_weights6<1, 1>(high, b, s8);
+        a[4] = tile_weights6<2, 0>(low, b, s0);
+        a[5] = tile_weights6<2, 1>(high, b, s8);
+        a[6] = tile_weights6<3, 0>(low, b, s0);
+        a[7] = tile_weights6<3, 1>(high, b, s8);
+    }
+};
+
+/* Two int8 of a word (bytes 2 HIGH, 2 HIGH + 1) times a scale. */
+template <int HIGH> static __device__ __forceinline__ uint32_t tile_weights8(uint32_t word, half2 scale) {
+    /* 0x6480 + (q + 128) - 1152 with q + 128 in the low byte: 1024 + (q + 128), exact in f16. */
+    uint32_t biased = word ^ 0x80808080u, pair;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(pair) : "r"(biased), "r"(0x64646464u), "r"(HIGH ? 0x4342 : 0x4140));
+    return tile_bits(__hmul2(__hsub2(tile_half2(pair), __float2half2_rn(1152.0f)), scale));
+}
+
+template <> struct tile<QUANT_Q8_0> {
+    uint4 q[8], d0, d8;
+
+    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            q[i] = __ldcs((const uint4 *)chunk + 32 * i + lane);
+        d0 = __ldcs((const uint4 *)(chunk + 4096) + lane / 4);
+        d8 = __ldcs((const uint4 *)(chunk + 4096) + lane / 4 + 8);
+    }
+
+    static __device__ __forceinline__ half2 scale(uint4 d, int group, float matrix_scale) {
+        const uint32_t word = group / 2 == 0 ? d.x : group / 2 == 1 ? d.y : group / 2 == 2 ? d.z : d.w;
+        const half2 both = tile_half2(word);
+        return __float2half2_rn((group & 1 ? __high2float(both) : __low2float(both)) * matrix_scale);
+    }
+
+    __device__ __forceinline__ float factors(float matrix_scale, int) const {
+        return matrix_scale;
+    }
+
+    __device__ __forceinline__ void fragments(int group, float matrix_scale, uint32_t a[8]) const {
+        const half2 s0 = scale(d0, group, matrix_scale), s8 = scale(d8, group, matrix_scale);
+        const uint4 v = q[group];
+        a[0] = tile_weights8<0>(v.x, s0);
+        a[1] = tile_weights8<0>(v.z, s8);
+        a[2] = tile_weights8<1>(v.x, s0);
+        a[3] = tile_weights8<1>(v.z, s8);
+        a[4] = tile_weights8<0>(v.y, s0);
+        a[5] = tile_weights8<0>(v.w, s8);
+        a[6] = tile_weights8<1>(v.y, s0);
+        a[7] = tile_weights8<1>(v.w, s8);
+    }
+};
+
+static __device__ __forceinline__ uint32_t tile_weights16(uint32_t word, float matrix_scale, bool bfloat) {
+    float low, high;
+    if (bfloat) {
+        low = __uint_as_float(word << 16);
+        high = __uint_as_float(word & 0xffff0000u);
+    } else {
+        low = __low2float(tile_half2(word));
+        high = __high2float(tile_half2(word));
+    }
+    return tile_bits(__floats2half2_rn(low * matrix_scale, high * matrix_scale));
+}
+
+template <bool BFLOAT> struct tile16 {
+    uint4 w[16];
+
+    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            w[i] = __ldcs((const uint4 *)chunk + 32 * i + lane);
+    }
+
+    __device__ __forceinline__ float factors(float matrix_scale, int) const {
+        return matrix_scale;
+    }
+
+    __device__ __forceinline__ void fragments(int group, float matrix_scale, uint32_t a[8]) const {
+        const uint4 g = w[2 * group], g8 = w[2 * group + 1];
+        a[0] = tile_weights16(g.x, matrix_scale, BFLOAT);
+        a[1] = tile_weights16(g8.x, matrix_scale, BFLOAT);
+        a[2] = tile_weights16(g.y, matrix_scale, BFLOAT);
+        a[3] = tile_weights16(g8.y, matrix_scale, BFLOAT);
+        a[4] = tile_weights16(g.z, matrix_scale, BFLOAT);
+        a[5] = tile_weights16(g8.z, matrix_scale, BFLOAT);
+        a[6] = tile_weights16(g.w, matrix_scale, BFLOAT);
+        a[7] = tile_weights16(g8.w, matrix_scale, BFLOAT);
+    }
+};
+
+template <> struct tile<QUANT_F16> : tile16<false> {};
+template <> struct tile<QUANT_BF16> : tile16<true> {};
+
+/* Read from memory where it is used: a chunk in registers would fill them all. */
+template <> struct tile<QUANT_F32> {
+    const float4 *w;
+
+    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+        w = (const float4 *)chunk + lane;
+    }
+
+    __device__ __forceinline__ float factors(float matrix_scale, int) const {
+        return matrix_scale;
+    }
+
+    __device__ __forceinline__ void fragments(int group, float s, uint32_t a[8]) const {
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            const float4 first = __ldcs(w + 32 * (4 * group + 2 * row)),
+                         second = __ldcs(w + 32 * (4 * group + 2 * row + 1));
+            a[row] = tile_bits(__floats2half2_rn(first.x * s, first.y * s));
+            a[row + 2] = tile_bits(__floats2half2_rn(first.z * s, first.w * s));
+            a[row + 4] = tile_bits(__floats2half2_rn(second.x * s, second.y * s));
+            a[row + 6] = tile_bits(__floats2half2_rn(second.z * s, second.w * s));
+        }
+    }
+};
+
+#endif

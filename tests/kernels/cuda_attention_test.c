@@ -1,0 +1,194 @@
+#include <math.h>
+#include <stdbool.h>
+#include <time.h>
+
+#include "kernels/cuda/cuda.h"
+#include "tests/kernels/cuda_test.h"
+
+/*
+ * cuda_rope and cuda_attention against float64 on random shapes: several sequences of odd lengths, blocks scattered over a
+ * cache of NaN, all rows at once, split and not split, and rows alone. All ways must give the same bits.
+ */
+
+enum { SEQUENCES = 3, BLOCKS = 64 };
+
+struct problem {
+    struct cuda_heads heads;
+    uint32_t lengths[SEQUENCES], rows;
+    float *qkv, *q_norm, *k_norm, *cos_sin;
+    uint32_t *position, *table, tables[SEQUENCES * BLOCKS];
+};
+
+static float *random_floats(struct random *random, size_t n, float size) {
+    float *x = malloc(n * sizeof *x);
+    for (size_t i = 0; i < n; i++)
+        x[i] = random_float(random) * size;
+    return x;
+}
+
+static void problem_make(struct random *random, struct problem *p) {
+    static const uint32_t dims[] = {32, 64, 96, 128, 256};
+    p->heads.head_dim = dims[random_below(random, 5)];
+    p->heads.kv_heads = 1 + random_below(random, 4);
+    p->heads.heads = p->heads.kv_heads * (1 + random_below(random, 12));
+    p->rows = 0;
+    for (int s = 0; s < SEQUENCES; s++)
+        p->rows += p->lengths[s] = 1 + random_below(random, s ? 300 : 70);
+    const uint32_t dim = p->heads.head_dim, all = p->heads.heads + 2 * p->heads.kv_heads;
+    p->qkv = random_floats(random, (size_t)p->rows * all * dim, 3);
+    p->q_norm = random_floats(random, dim, 2);
+    p->k_norm = random_floats(random, dim, 2);
+    p->cos_sin = malloc(sizeof *p->cos_sin * 512 * dim);
+    for (uint32_t position = 0; position < 512; position++)
+        for (uint32_t i = 0; i < dim / 2; i++) {
+            const double angle = position * pow(1e6, -2.0 * i / dim);
+            p->cos_sin[(position * dim / 2 + i) * 2] = (float)cos(angle);
+            p->cos_sin[(position * dim / 2 + i) * 2 + 1] = (float)sin(angle);
+        }
+    p->position = malloc(sizeof *p->position * p->rows);
+    p->table = malloc(sizeof *p->table * p->rows);
+    for (uint32_t i = 0; i < SEQUENCES * BLOCKS; i++)
+        p->tables[i] = i;
+    for (uint32_t i = SEQUENCES * BLOCKS - 1; i > 0; i--) {
+        const uint32_t j = random_below(random, i + 1), swap = p->tables[i];
+        p->tables[i] = p->tables[j];
+        p->tables[j] = swap;
+    }
+    uint32_t row = 0;
+    for (uint32_t s = 0; s < SEQUENCES; s++)
+        for (uint32_t i = 0; i < p->lengths[s]; i++, row++) {
+            p->position[row] = i;
+            p->table[row] = s * BLOCKS;
+        }
+}
+
+static void problem_free(struct problem *p) {
+    free(p->qkv);
+    free(p->q_norm);
+    free(p->k_norm);
+    free(p->cos_sin);
+    free(p->position);
+    free(p->table);
+}
+
+static void head_reference(const struct problem *p, uint32_t row, uint32_t head, const float *weight, double *out) {
+    const uint32_t dim = p->heads.head_dim, all = p->heads.heads + 2 * p->heads.kv_heads;
+    const float *in = p->qkv + ((size_t)row * all + head) * dim;
+    double x[CUDA_HEAD_DIM_MAX], squares = 0;
+    for (uint32_t i = 0; i < dim; i++)
+        squares += (double)in[i] * in[i];
+    for (uint32_t i = 0; i < dim; i++)
+        x[i] = in[i] / sqrt(squares / dim + 1e-6) * weight[i];
+    for (uint32_t i = 0; i < dim / 2; i++) {
+        const float *r = p->cos_sin + ((size_t)p->position[row] * dim / 2 + i) * 2;
+        out[i] = x[i] * r[0] - x[i + dim / 2] * r[1];
+        out[i + dim / 2] = x[i] * r[1] + x[i + dim / 2] * r[0];
+    }
+}
+
+/* Relative error of some rows' y. */
+static double compare(struct random *random, const struct problem *p, const float *y) {
+    const uint32_t dim = p->heads.head_dim, all = p->heads.heads + 2 * p->heads.kv_heads;
+    double error = 0, norm = 0;
+    for (int trial = 0; trial < 12; trial++) {
+        const uint32_t row = random_below(random, p->rows), head = random_below(random, p->heads.heads);
+        const uint32_t kv = head / (p->heads.heads / p->heads.kv_heads), first = row - p->position[row];
+        double q[CUDA_HEAD_DIM_MAX], k[CUDA_HEAD_DIM_MAX], out[CUDA_HEAD_DIM_MAX] = {0}, total = 0;
+        head_reference(p, row, head, p->q_norm, q);
+        for (uint32_t r = first; r <= row; r++) {
+            double score = 0;
+            head_reference(p, r, p->heads.heads + kv, p->k_norm, k);
+            for (uint32_t d = 0; d < dim; d++)
+                score += q[d] * k[d];
+            const double weight = exp(score / sqrt(dim));
+            const float *v = p->qkv + ((size_t)r * all + p->heads.heads + p->heads.kv_heads + kv) * dim;
+            total += weight;
+            for (uint32_t d = 0; d < dim; d++)
+                out[d] += weight * v[d];
+        }
+        for (uint32_t d = 0; d < dim; d++) {
+            const double want = out[d] / total, got = y[((size_t)row * p->heads.heads + head) * dim + d];
+            error += (got - want) * (got - want);
+            norm += want * want;
+        }
+    }
+    return sqrt(error / norm);
+}
+
+int main(void) {
+    struct random random;
+    cuda_test_begin(&random);
+    for (int round = 0; round < 30; round++) {
+        struct problem p;
+        problem_make(&random, &p);
+        const uint32_t dim = p.heads.head_dim, all = p.heads.heads + 2 * p.heads.kv_heads;
+        const size_t y_bytes = sizeof(float) * p.rows * p.heads.heads * dim;
+        const size_t cache_bytes = cuda_kv_block_bytes(&p.heads) * SEQUENCES * BLOCKS;
+        float *qkv = cuda_test_buffer(p.qkv, sizeof(float) * p.rows * all * dim);
+        float *q_norm = cuda_test_buffer(p.q_norm, sizeof(float) * dim),
+              *k_norm = cuda_test_buffer(p.k_norm, sizeof(float) * dim);
+        float *cos_sin = cuda_test_buffer(p.cos_sin, sizeof(float) * 512 * dim);
+        void *q = cuda_test_buffer(NULL, 2 * (size_t)p.rows * p.heads.heads * dim),
+             *cache = cuda_test_buffer(NULL, cache_bytes);
+        struct cuda_attention a = {.heads = p.heads, .q = q, .cache = cache, .context_limit = 300};
+        a.rows = (struct cuda_rows){cuda_test_buffer(p.position, sizeof(uint32_t) * p.rows),
+                                    cuda_test_buffer(p.table, sizeof(uint32_t) * p.rows),
+                                    cuda_test_buffer(p.tables, sizeof p.tables), p.rows};
+        CUDA_CHECK(cuda_rope(&p.heads, &a.rows, qkv, q_norm, k_norm, 1e-6f, cos_sin, q, cache, 0));
+
+        const uint32_t most = cuda_attention_tile_tokens(&p.heads);
+        uint32_t *tiles = calloc(p.rows, sizeof *tiles), *counts = calloc(p.rows, sizeof *counts);
+        for (uint32_t s = 0, row = 0; s < SEQUENCES; row += p.lengths[s++])
+            for (uint32_t i = 0; i < p.lengths[s]; i += most, a.tile_count++) {
+                tiles[a.tile_count] = row + i;
+                counts[a.tile_count] = p.lengths[s] - i < most ? p.lengths[s] - i : most;
+            }
+        a.tiles = cuda_test_buffer(tiles, sizeof *tiles * p.rows);
+        a.tile_rows = cuda_test_buffer(counts, sizeof *counts * p.rows);
+        float *partial = cuda_test_buffer(NULL, sizeof(float) * cuda_attention_partial_floats(&p.heads, p.rows, 300));
+        float *y[3];
+        for (int way = 0; way < 3; way++) {
+            if (way == 2) { /* one row a tile */
+                for (uint32_t row = 0; row < p.rows; row++) {
+                    tiles[row] = row;
+                    counts[row] = 1;
+                }
+                a.tile_count = p.rows;
+                CUDA_CHECK(cudaMemcpy((void *)a.tiles, tiles, sizeof *tiles * p.rows, cudaMemcpyHostToDevice));
+                CUDA_CHECK(cudaMemcpy((void *)a.tile_rows, counts, sizeof *counts * p.rows, cudaMemcpyHostToDevice));
+            }
+            a.y = cuda_test_buffer(NULL, y_bytes);
+            a.partial = way ? partial : NULL;
+            CUDA_CHECK(cuda_attention(&a, 0));
+            y[way] = malloc(y_bytes);
+            cuda_test_fetch(y[way], a.y, y_bytes);
+            cudaFree(a.y);
+        }
+        const double error = compare(&random, &p, y[0]);
+        const bool split = memcmp(y[0], y[1], y_bytes) == 0, alone = memcmp(y[0], y[2], y_bytes) == 0;
+        tap_ok(error < 2e-3 && split && alone,
+               "%u heads of %u, %u kv heads, lengths %u %u %u: relative error %.1e, split %s, alone %s", p.heads.heads,
+               dim, p.heads.kv_heads, p.lengths[0], p.lengths[1], p.lengths[2], error, split ? "the same" : "DIFFERENT",
+               alone ? "the same" : "DIFFERENT");
+        void *device[] = {qkv,
+                          q_norm,
+                          k_norm,
+                          cos_sin,
+                          q,
+                          cache,
+                          partial,
+                          (void *)a.rows.position,
+                          (void *)a.rows.table,
+                          (void *)a.rows.tables,
+                          (void *)a.tiles,
+                          (void *)a.tile_rows};
+        for (size_t i = 0; i < sizeof device / sizeof *device; i++)
+            cudaFree(device[i]);
+        for (int way = 0; way < 3; way++)
+            free(y[way]);
+        free(tiles);
+        free(counts);
+        problem_free(&p);
+    }
+    return tap_done();
+}
