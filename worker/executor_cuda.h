@@ -1,0 +1,105 @@
+#ifndef MOED_WORKER_EXECUTOR_CUDA_H
+#define MOED_WORKER_EXECUTOR_CUDA_H
+
+#include <cuda_runtime_api.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/cuda/cuda.h"
+#include "worker/executor.h"
+#include "worker/thread_pool.h"
+
+/* The inside of the CUDA executor, shared by its files. */
+
+struct cuda_layer {
+    const float *attn_norm, *attn_q_norm, *attn_k_norm, *ffn_norm, *router; /* f32, as in the file */
+    struct cuda_matrix q, k, v, output, down;
+    struct cuda_matrix gate, up; /* gate holds both, interleaved, where they have one format; up.tiles is NULL then */
+};
+
+struct cuda_weights {
+    unsigned char *memory; /* one allocation */
+    size_t bytes;
+    const void *embedding; /* in the file's format */
+    size_t embedding_row_bytes;
+    const float *output_norm;
+    struct cuda_matrix head;
+    struct cuda_layer *layers;
+};
+
+/* Lays the weights out; fills in `bytes` and everything but pointers. The rest of *weights is zero. */
+int cuda_weights_create(struct cuda_weights *weights, const struct model *model, struct status *status);
+/* Allocates device memory and fills it from the mapped file, with progress lines. */
+int cuda_weights_upload(struct cuda_weights *weights, const struct model *model, struct thread_pool *pool,
+                        struct status *status);
+void cuda_weights_free(struct cuda_weights *weights);
+
+/* A step's inputs as the kernels read them. The parts up to `tables` have room for a whole step each. */
+struct cuda_input {
+    uint32_t *tokens, *position, *table, *tiles, *tile_rows, *select, *tables;
+};
+
+/* Shape of a launch sequence: what is baked into a captured graph. */
+struct cuda_shape {
+    uint32_t rows, tiles, outputs, context_limit;
+    bool split;
+};
+
+struct cuda_graph {
+    struct cuda_shape shape;
+    cudaGraphExec_t exec;
+};
+
+struct executor_cuda {
+    struct executor base;
+    const struct model *model;
+    struct cuda_weights weights;
+    struct cuda_heads heads;
+    struct thread_pool *pool; /* fills staging buffers, samples what the device does not */
+    cudaStream_t stream;
+    bool many_runs; /* cuda_matmul_many_runs() */
+
+    unsigned char *kv; /* [layers][blocks] */
+    size_t kv_layer_bytes;
+
+    unsigned char *scratch;
+    struct cuda_input host, device; /* host: pinned */
+    size_t input_bytes;             /* up to `tables` */
+    uint32_t tables_capacity;
+    float *x, *plain, *qkv, *attended, *partial, *hidden, *expert_out, *router_logits, *route_weights, *logits,
+        *cos_sin;
+    void *q;
+    struct cuda_activation normed, mixed; /* mixed: of attention's output and of the experts' hidden rows */
+    uint32_t *route_experts, *order, *item_count, *greatest;
+    uint64_t *greatest_parts;
+    struct cuda_item *items;
+    size_t partial_floats;
+
+    struct cuda_graph *graphs;
+    uint32_t graph_count;
+
+    /* Results on the host. */
+    float *host_logits;      /* pinned; [max_outputs][vocab] */
+    uint32_t *host_greatest; /* pinned */
+    uint32_t *host_route_experts, *routes_of_rows;
+    float *host_route_weights, *route_weights_of_rows;
+    struct sampled *sampled;
+    const float **logits_rows;
+    unsigned char *sampler_scratch; /* one for each thread */
+};
+
+/* A CUDA error as a status: what was being done, and the runtime's own words. Returns -1. */
+int cuda_failed(struct status *status, cudaError_t error, const char *what);
+
+/* Enqueues one forward pass over device.* . */
+cudaError_t cuda_forward(struct executor_cuda *cuda, const struct cuda_shape *shape);
+/* Captures the forward pass of every decode shape. */
+int cuda_graphs_capture(struct executor_cuda *cuda, struct status *status);
+/* The graph for so many decode rows and such a context, or NULL. */
+const struct cuda_graph *cuda_graph_find(const struct executor_cuda *cuda, uint32_t rows, uint32_t context_limit);
+void cuda_graphs_free(struct executor_cuda *cuda);
+
+int cuda_step(struct executor *executor, const struct batch *batch, struct batch_result *result, struct status *status);
+
+#endif

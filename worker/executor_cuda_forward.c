@@ -1,0 +1,238 @@
+#include <stdlib.h>
+
+#include "common/log.h"
+#include "worker/executor_cuda.h"
+
+/* Rows of a captured decode step, and positions its rows may have; a step takes the next larger of each. */
+static const uint32_t row_buckets[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256};
+static const uint32_t context_buckets[] = {256, 1024, 4096, 16384, UINT32_MAX};
+enum {
+    ROW_BUCKETS = sizeof row_buckets / sizeof *row_buckets,
+    CONTEXT_BUCKETS = sizeof context_buckets / sizeof *context_buckets,
+    MANY_ROWS_ABOVE = 256,
+};
+
+/* More rows than a captured step has go to the matrix products for many tokens, which read rows interleaved. */
+static bool is_many(const struct executor_cuda *cuda, const struct cuda_shape *shape) {
+    return cuda->many_runs && shape->rows > MANY_ROWS_ABOVE;
+}
+
+/* Tokens of an expert that share one pass over its weights: about twice as many as an even spread gives each. */
+static uint32_t item_tokens(const struct model_config *config, uint32_t rows) {
+    const uint64_t spread = (uint64_t)rows * config->expert_used_count / config->expert_count;
+    return spread <= 4 ? 8 : spread <= 8 ? 16 : spread <= 16 ? 32 : CUDA_TOKENS_MAX;
+}
+
+static struct cuda_matmul projection(const struct cuda_matrix *w, const struct cuda_activation *x, uint32_t rows,
+                                     float *y, uint32_t y_stride, enum cuda_epilogue epilogue) {
+    return (struct cuda_matmul){
+        .w = w, .x = x->half, .x_scale = x->scale, .y = y, .y_stride = y_stride, .tokens = rows, .epilogue = epilogue};
+}
+
+static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape *shape, uint32_t l) {
+    const struct model_config *config = &cuda->model->config;
+    const struct cuda_layer *layer = &cuda->weights.layers[l];
+    const struct cuda_activation *x = &cuda->normed;
+    const uint32_t dim = config->head_dim, q_width = config->head_count * dim, kv_width = config->head_count_kv * dim;
+    const uint32_t width = q_width + 2 * kv_width, n = shape->rows;
+    unsigned char *cache = cuda->kv + l * cuda->kv_layer_bytes;
+    const struct cuda_rows rows = {cuda->device.position, cuda->device.table, cuda->device.tables, n};
+    const struct cuda_attention a = {
+        .heads = cuda->heads,
+        .rows = rows,
+        .q = cuda->q,
+        .cache = cache,
+        .tiles = cuda->device.tiles,
+        .tile_rows = cuda->device.tile_rows,
+        .tile_count = shape->tiles,
+        .context_limit = shape->context_limit,
+        .partial = shape->split ? cuda->partial : NULL,
+        .y = cuda->attended,
+        .out = cuda->mixed,
+    };
+    const struct cuda_matmul qkv[] = {
+        projection(&layer->q, x, n, cuda->qkv, width, CUDA_STORE),
+        projection(&layer->k, x, n, cuda->qkv + q_width, width, CUDA_STORE),
+        projection(&layer->v, x, n, cuda->qkv + q_width + kv_width, width, CUDA_STORE),
+    };
+    const struct cuda_matmul output =
+        projection(&layer->output, &cuda->mixed, n, cuda->x, config->embedding_length, CUDA_ADD);
+
+    const bool many = is_many(cuda, shape);
+    cudaError_t error = cudaSuccess;
+    if (many) {
+        error = cuda_interleave(x->half, config->embedding_length, n, cuda->stream);
+        for (int i = 0; i < 3 && error == cudaSuccess; i++)
+            error = cuda_matmul_many(&qkv[i], cuda->stream);
+    } else {
+        error = cuda_matmul_parts(qkv, 3, cuda->stream);
+    }
+    error = error ? error
+                  : cuda_rope(&cuda->heads, &rows, cuda->qkv, layer->attn_q_norm, layer->attn_k_norm,
+                              config->rms_epsilon, cuda->cos_sin, cuda->q, cache, cuda->stream);
+    error = error ? error : cuda_attention(&a, cuda->stream);
+    if (many)
+        error = error ? error : cuda_interleave(cuda->mixed.half, q_width, n, cuda->stream);
+    return error ? error : many ? cuda_matmul_many(&output, cuda->stream) : cuda_matmul(&output, cuda->stream);
+}
+
+static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *shape, uint32_t l) {
+    const struct model_config *config = &cuda->model->config;
+    const struct cuda_layer *layer = &cuda->weights.layers[l];
+    const uint32_t length = config->embedding_length, used = config->expert_used_count;
+    const bool many = is_many(cuda, shape);
+    cudaError_t (*const matmul)(const struct cuda_matmul *, cudaStream_t) = many ? cuda_matmul_many : cuda_matmul;
+    const uint32_t hidden = config->expert_feed_forward_length;
+    const uint32_t tokens = many ? CUDA_MANY_TOKENS : item_tokens(config, shape->rows);
+    const size_t route_at = (size_t)l * cuda->base.info.step_tokens * used;
+    const struct cuda_route route = {
+        .norm = {.x = cuda->x,
+                 .columns = length,
+                 .rows = shape->rows,
+                 .norm = layer->ffn_norm,
+                 .epsilon = config->rms_epsilon,
+                 .out = cuda->normed,
+                 .plain = cuda->plain},
+        .router = layer->router,
+        .experts = config->expert_count,
+        .used = used,
+        .item_tokens = tokens,
+        .logits = cuda->router_logits,
+        .chosen = cuda->route_experts + route_at,
+        .weights = cuda->route_weights + route_at,
+        .items = cuda->items,
+        .item_count = cuda->item_count,
+        .order = cuda->order,
+    };
+    struct cuda_matmul m = {
+        .w = &layer->gate,
+        .x = cuda->normed.half,
+        .x_scale = cuda->normed.scale,
+        .y = cuda->hidden,
+        .y_stride = hidden,
+        .tokens = tokens,
+        .epilogue = layer->up.tiles ? CUDA_STORE : CUDA_SWIGLU,
+        .items = cuda->items,
+        .item_count = cuda->item_count,
+        .order = cuda->order,
+        .x_divisor = used,
+        .item_limit = cuda_route_item_limit(shape->rows, config->expert_count, used, tokens),
+    };
+
+    cudaError_t error = cuda_route(&route, cuda->stream);
+    if (many)
+        error = error ? error : cuda_interleave(cuda->normed.half, length, shape->rows, cuda->stream);
+    error = error ? error : matmul(&m, cuda->stream);
+    if (layer->up.tiles) {
+        m.w = &layer->up;
+        m.epilogue = CUDA_GATED;
+        error = error ? error : matmul(&m, cuda->stream);
+    }
+    error = error ? error : cuda_round(cuda->hidden, hidden, shape->rows * used, &cuda->mixed, cuda->stream);
+    if (many)
+        error = error ? error : cuda_interleave(cuda->mixed.half, hidden, shape->rows * used, cuda->stream);
+    m.w = &layer->down;
+    m.x = cuda->mixed.half;
+    m.x_scale = cuda->mixed.scale;
+    m.y = cuda->expert_out;
+    m.y_stride = length;
+    m.epilogue = CUDA_STORE;
+    m.x_divisor = 1;
+    m.items_early = !many; /* cuda_round stands between */
+    return error ? error : matmul(&m, cuda->stream);
+}
+
+/* Adds what layer l - 1's experts made to x, and norms it for layer l; behind the last layer only rows with an output. */
+static cudaError_t norm_layer(struct executor_cuda *cuda, const struct cuda_shape *shape, uint32_t l) {
+    const struct model_config *config = &cuda->model->config;
+    const bool last = l == config->block_count;
+    struct cuda_norm norm = {.x = cuda->x,
+                             .columns = config->embedding_length,
+                             .rows = last ? shape->outputs : shape->rows,
+                             .norm = last ? cuda->weights.output_norm : cuda->weights.layers[l].attn_norm,
+                             .epsilon = config->rms_epsilon,
+                             .select = last ? cuda->device.select : NULL,
+                             .out = cuda->normed};
+    if (l > 0) {
+        norm.experts = cuda->expert_out;
+        norm.weights = cuda->route_weights + (size_t)(l - 1) * cuda->base.info.step_tokens * config->expert_used_count;
+        norm.used = config->expert_used_count;
+    }
+    return cuda_norm(&norm, cuda->stream);
+}
+
+cudaError_t cuda_forward(struct executor_cuda *cuda, const struct cuda_shape *shape) {
+    const struct model_config *config = &cuda->model->config;
+    cudaError_t error =
+        cuda_embed(cuda->model->token_embd.type, cuda->weights.embedding, cuda->weights.embedding_row_bytes,
+                   config->embedding_length, cuda->device.tokens, shape->rows, cuda->x, cuda->stream);
+    for (uint32_t l = 0; l < config->block_count && error == cudaSuccess; l++) {
+        error = norm_layer(cuda, shape, l);
+        error = error ? error : attention(cuda, shape, l);
+        error = error ? error : experts(cuda, shape, l);
+    }
+    if (error != cudaSuccess || shape->outputs == 0)
+        return error;
+    error = norm_layer(cuda, shape, config->block_count);
+    const struct cuda_matmul head = projection(&cuda->weights.head, &cuda->normed, shape->outputs, cuda->logits,
+                                               config->vocab_size, CUDA_STORE);
+    error = error ? error : cuda_matmul(&head, cuda->stream);
+    return error ? error
+                 : cuda_greatest(cuda->logits, config->vocab_size, shape->outputs, cuda->greatest_parts,
+                                 cuda->greatest, cuda->stream);
+}
+
+static cudaError_t capture(struct executor_cuda *cuda, struct cuda_graph *graph) {
+    cudaGraph_t captured = NULL;
+    cudaError_t error = cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal);
+    if (error != cudaSuccess)
+        return error;
+    error = cuda_forward(cuda, &graph->shape);
+    cudaError_t end = cudaStreamEndCapture(cuda->stream, &captured);
+    error = error ? error : end;
+    error = error ? error : cudaGraphInstantiate(&graph->exec, captured, 0);
+    if (captured)
+        cudaGraphDestroy(captured);
+    return error;
+}
+
+static uint32_t least(uint32_t a, uint32_t b) {
+    return a < b ? a : b;
+}
+
+int cuda_graphs_capture(struct executor_cuda *cuda, struct status *status) {
+    const struct executor_info *info = &cuda->base.info;
+    cuda->graphs = calloc(ROW_BUCKETS * CONTEXT_BUCKETS, sizeof *cuda->graphs);
+    if (!cuda->graphs)
+        return status_set(status, STATUS_RESOURCE_EXHAUSTED, "no memory for graphs");
+    const uint32_t most = least(info->max_sequences, least(info->step_tokens, info->max_outputs));
+    for (uint32_t r = 0; r < ROW_BUCKETS && (r == 0 || row_buckets[r - 1] < most); r++)
+        for (uint32_t c = 0; c < CONTEXT_BUCKETS && (c == 0 || context_buckets[c - 1] < info->context_length); c++) {
+            const uint32_t rows = least(row_buckets[r], most), limit = least(context_buckets[c], info->context_length);
+            if (cuda_attention_partial_floats(&cuda->heads, rows, limit) > cuda->partial_floats)
+                continue;
+            struct cuda_graph *graph = &cuda->graphs[cuda->graph_count];
+            graph->shape = (struct cuda_shape){
+                .rows = rows, .tiles = rows, .outputs = rows, .context_limit = limit, .split = true};
+            cudaError_t error = capture(cuda, graph);
+            if (error != cudaSuccess)
+                return cuda_failed(status, error, "capture of a decode step");
+            cuda->graph_count++;
+        }
+    return 0;
+}
+
+const struct cuda_graph *cuda_graph_find(const struct executor_cuda *cuda, uint32_t rows, uint32_t context_limit) {
+    for (uint32_t i = 0; i < cuda->graph_count; i++) /* rising rows, and contexts within */
+        if (cuda->graphs[i].shape.rows >= rows && cuda->graphs[i].shape.context_limit >= context_limit)
+            return &cuda->graphs[i];
+    return NULL;
+}
+
+void cuda_graphs_free(struct executor_cuda *cuda) {
+    for (uint32_t i = 0; i < cuda->graph_count; i++)
+        cudaGraphExecDestroy(cuda->graphs[i].exec);
+    free(cuda->graphs);
+    cuda->graphs = NULL;
+    cuda->graph_count = 0;
+}

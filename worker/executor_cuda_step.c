@@ -1,0 +1,160 @@
+#include <assert.h>
+#include <string.h>
+
+#include "worker/executor_cuda.h"
+
+enum { SPLIT_ROWS = 128 }; /* more rows than this keep the device busy without cutting their contexts into pieces */
+
+/* Puts the batch into the pinned input. Returns the step's shape. */
+static struct cuda_shape fill_input(struct executor_cuda *cuda, const struct batch *batch) {
+    const struct cuda_input *in = &cuda->host;
+    const uint32_t tile_tokens = cuda_attention_tile_tokens(&cuda->heads);
+    struct cuda_shape shape = {.rows = batch->rows, .outputs = batch->output_count};
+    uint32_t row = 0, table = 0;
+    memcpy(in->tokens, batch->tokens, batch->rows * sizeof *in->tokens);
+    for (uint32_t s = 0; s < batch->sequence_count; s++) {
+        const struct batch_sequence *sequence = &batch->sequences[s];
+        const uint32_t end = sequence->position + sequence->rows;
+        const uint32_t blocks = (end + CUDA_KV_BLOCK - 1) / CUDA_KV_BLOCK;
+        assert(table + blocks <= cuda->tables_capacity);
+        memcpy(in->tables + table, sequence->blocks, blocks * sizeof *in->tables);
+        for (uint32_t i = 0; i < sequence->rows; i++) {
+            in->position[row + i] = sequence->position + i;
+            in->table[row + i] = table;
+        }
+        for (uint32_t i = 0; i < sequence->rows; i += tile_tokens, shape.tiles++) {
+            in->tiles[shape.tiles] = row + i;
+            in->tile_rows[shape.tiles] = sequence->rows - i < tile_tokens ? sequence->rows - i : tile_tokens;
+        }
+        row += sequence->rows;
+        table += blocks;
+        shape.context_limit = end > shape.context_limit ? end : shape.context_limit;
+    }
+    for (uint32_t i = 0; i < batch->output_count; i++)
+        in->select[i] = batch->outputs[i].row;
+    shape.split =
+        cuda_attention_partial_floats(&cuda->heads, shape.rows, shape.context_limit) <= cuda->partial_floats &&
+        shape.rows <= SPLIT_ROWS;
+    cuda->input_bytes = (size_t)((unsigned char *)(in->tables + table) - (unsigned char *)in->tokens);
+    return shape;
+}
+
+/* Rows that fill a decode step up to its graph's size do what the first row does, again: no other weights are read. */
+static void pad_input(const struct executor_cuda *cuda, uint32_t rows, uint32_t size) {
+    const struct cuda_input *in = &cuda->host;
+    for (uint32_t row = rows; row < size; row++) {
+        in->tokens[row] = in->tokens[0];
+        in->position[row] = in->position[0];
+        in->table[row] = in->table[0];
+        in->tiles[row] = in->select[row] = row;
+        in->tile_rows[row] = 1;
+    }
+}
+
+static cudaError_t run(struct executor_cuda *cuda, const struct batch *batch) {
+    const struct cuda_shape shape = fill_input(cuda, batch);
+    const bool decode = batch->rows == batch->sequence_count && batch->rows == batch->output_count;
+    const struct cuda_graph *graph = decode ? cuda_graph_find(cuda, shape.rows, shape.context_limit) : NULL;
+    if (graph)
+        pad_input(cuda, shape.rows, graph->shape.rows);
+    cudaError_t error = cudaMemcpyAsync(cuda->device.tokens, cuda->host.tokens, cuda->input_bytes,
+                                        cudaMemcpyHostToDevice, cuda->stream);
+    if (error != cudaSuccess)
+        return error;
+    return graph ? cudaGraphLaunch(graph->exec, cuda->stream) : cuda_forward(cuda, &shape);
+}
+
+/* Whether the device's greedy choice is all that is wanted of an output. */
+static bool greatest_is_enough(const struct batch_output *output) {
+    const struct sampling *s = output->sampling;
+    return !output->logits && output->logprobs == 0 &&
+           (!s || (s->temperature == 0 && (s->repetition_penalty == 0 || s->repetition_penalty == 1) &&
+                   s->presence_penalty == 0 && s->frequency_penalty == 0));
+}
+
+/* Brings home what the outputs ask for: a token each, and logits of some. */
+static cudaError_t fetch(struct executor_cuda *cuda, const struct batch *batch) {
+    const struct model_config *config = &cuda->model->config;
+    const uint32_t used = config->expert_used_count;
+    cudaError_t error = cudaSuccess;
+    if (batch->output_count > 0)
+        error = cudaMemcpyAsync(cuda->host_greatest, cuda->greatest, batch->output_count * sizeof *cuda->greatest,
+                                cudaMemcpyDeviceToHost, cuda->stream);
+    for (uint32_t i = 0; i < batch->output_count && error == cudaSuccess; i++) {
+        const size_t at = (size_t)i * config->vocab_size;
+        if (!greatest_is_enough(&batch->outputs[i]))
+            error = cudaMemcpyAsync(cuda->host_logits + at, cuda->logits + at, config->vocab_size * sizeof(float),
+                                    cudaMemcpyDeviceToHost, cuda->stream);
+    }
+    for (uint32_t l = 0; batch->routes && l < config->block_count && error == cudaSuccess; l++) {
+        const size_t from = (size_t)l * cuda->base.info.step_tokens * used, to = (size_t)l * batch->rows * used;
+        const size_t count = (size_t)batch->rows * used;
+        error = cudaMemcpyAsync(cuda->host_route_experts + to, cuda->route_experts + from, count * sizeof(uint32_t),
+                                cudaMemcpyDeviceToHost, cuda->stream);
+        error = error ? error
+                      : cudaMemcpyAsync(cuda->host_route_weights + to, cuda->route_weights + from,
+                                        count * sizeof(float), cudaMemcpyDeviceToHost, cuda->stream);
+    }
+    return error ? error : cudaStreamSynchronize(cuda->stream);
+}
+
+/* [layer][row][used] becomes [row][layer][used]. */
+static void turn_routes(struct executor_cuda *cuda, uint32_t rows) {
+    const uint32_t layers = cuda->model->config.block_count, used = cuda->model->config.expert_used_count;
+    for (uint32_t row = 0; row < rows; row++)
+        for (uint32_t l = 0; l < layers; l++) {
+            const size_t from = ((size_t)l * rows + row) * used, to = ((size_t)row * layers + l) * used;
+            memcpy(cuda->routes_of_rows + to, cuda->host_route_experts + from, used * sizeof(uint32_t));
+            memcpy(cuda->route_weights_of_rows + to, cuda->host_route_weights + from, used * sizeof(float));
+        }
+}
+
+struct sampling_job {
+    struct executor_cuda *cuda;
+    const struct batch *batch;
+};
+
+static void sample_outputs(void *context, uint32_t first, uint32_t end, uint32_t thread) {
+    const struct sampling_job *job = context;
+    struct executor_cuda *cuda = job->cuda;
+    const uint32_t vocab = cuda->model->config.vocab_size;
+    for (uint32_t i = first; i < end; i++) {
+        const struct batch_output *output = &job->batch->outputs[i];
+        if (!output->sampling)
+            continue;
+        if (greatest_is_enough(output))
+            cuda->sampled[i] = (struct sampled){.token = cuda->host_greatest[i]};
+        else
+            sampler_sample(cuda->host_logits + (size_t)i * vocab, vocab, output->sampling, output->history,
+                           output->history_length, output->prompt_length, output->logprobs,
+                           cuda->sampler_scratch + thread * sampler_scratch_bytes(vocab), &cuda->sampled[i]);
+    }
+}
+
+int cuda_step(struct executor *executor, const struct batch *batch, struct batch_result *result,
+              struct status *status) {
+    struct executor_cuda *cuda = (struct executor_cuda *)executor;
+    assert(batch->rows > 0 && batch->rows <= cuda->base.info.step_tokens);
+    assert(batch->output_count <= cuda->base.info.max_outputs && batch->output_count <= batch->rows);
+    cudaError_t error = run(cuda, batch);
+    error = error ? error : fetch(cuda, batch);
+    if (error != cudaSuccess)
+        return cuda_failed(status, error, "step");
+    for (uint32_t i = 0; i < batch->output_count; i++) {
+        if (cuda->host_greatest[i] == UINT32_MAX)
+            return status_set(status, STATUS_INTERNAL, "logits are not finite");
+        cuda->logits_rows[i] =
+            batch->outputs[i].logits ? cuda->host_logits + (size_t)i * cuda->model->config.vocab_size : NULL;
+    }
+    struct sampling_job job = {cuda, batch};
+    thread_pool_run(cuda->pool, sample_outputs, &job, batch->output_count);
+    if (batch->routes)
+        turn_routes(cuda, batch->rows);
+    *result = (struct batch_result){
+        .sampled = cuda->sampled,
+        .logits = cuda->logits_rows,
+        .route_experts = batch->routes ? cuda->routes_of_rows : NULL,
+        .route_weights = batch->routes ? cuda->route_weights_of_rows : NULL,
+    };
+    return 0;
+}
