@@ -1,0 +1,49 @@
+#include <signal.h>
+#include <stdio.h>
+
+#include "common/log.h"
+#include "worker/backend.h"
+#include "worker/options.h"
+#include "worker/stop_signal.h"
+#include "worker/worker.h"
+
+enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
+
+static int serve(const struct worker_options *options, struct status *status) {
+    struct worker_setup setup = {.worker_id = options->worker_id, .heartbeat_ms = options->heartbeat_ms};
+    struct model *model;
+    int stop_fd = stop_signal_open(status);
+    if (stop_fd < 0 || !(setup.backend = backend_find(options->backend, status)))
+        return -1;
+    setup.gateways = worker_options_gateways(options, &setup.gateway_count);
+    worker_options_executor(options, &setup.executor);
+    if (model_open(options->model, &model, status) != 0)
+        return -1;
+    setup.model = model;
+    int result = worker_run(&setup, stop_fd, status);
+    model_close(model);
+    return result;
+}
+
+int main(int argc, char **argv) {
+    struct worker_options options;
+    struct status status = {0};
+    int exit_status = EXIT_OK;
+    int parsed = worker_options_parse(argc, argv, &options, &status);
+    if (parsed < 0) {
+        fprintf(stderr, "moed-worker: %s\nTry 'moed-worker --help'.\n", status.message);
+        exit_status = EXIT_USAGE;
+    } else if (parsed == OPTIONS_RUN) {
+        log_setup("moed-worker", worker_options_log_level(&options), worker_options_log_format(&options));
+        signal(SIGPIPE, SIG_IGN);
+        if (serve(&options, &status) != 0) {
+            log_error("worker_failed", LOG_STR("status", status_code_name(status.code)),
+                      LOG_STR("reason", status.message));
+            exit_status = EXIT_FAILED;
+        } else {
+            log_info("stopped");
+        }
+    }
+    worker_options_free(&options);
+    return exit_status;
+}
