@@ -1,0 +1,23 @@
+#ifndef MOED_TESTS_BENCH_MACHINE_H
+#define MOED_TESTS_BENCH_MACHINE_H
+
+#include <stddef.h>
+
+#include "kernels/cpu/cpu.h"
+#include "worker/thread_pool.h"
+
+/* What the machine could do at best, measured with all threads of the pool. */
+struct machine {
+    double read;        /* bytes per second from memory: large, in order, huge pages */
+    double multiply_add; /* int8 multiply-adds per second, from registers, with what the instruction set has for it */
+};
+
+/* bytes: of the buffer that is read; much more than the caches. */
+int machine_measure(struct thread_pool *pool, enum cpu_isa isa, size_t bytes, struct machine *machine,
+                    struct status *status);
+
+/* Zeroed memory in huge pages where the system gives them; NULL: none. Freed with bench_free. */
+void *bench_allocate(size_t bytes);
+void bench_free(void *memory, size_t bytes);
+
+#endif
