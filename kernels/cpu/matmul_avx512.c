@@ -30,13 +30,10 @@ INLINE __m512 load_f16(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)p));
 }
 
-/*
- * For few tokens memory is what holds up, and it is best to ask for all lines of a step at its beginning: the processor's
- * own prefetching does the rest. For many it does not see far enough ahead past the arithmetic.
- */
-INLINE void prefetch(unsigned n, const uint8_t *p, unsigned words) {
+/* Asks for lines far ahead: tiles lie one behind the other, and the processor's own prefetching does not see as far. */
+INLINE void prefetch(const uint8_t *p, unsigned words) {
     UNROLL for (unsigned w = 0; w < words; w++)
-        _mm_prefetch(p + w * TILE_WORD + (n > 4 ? PREFETCH_BYTES : 0), _MM_HINT_T0);
+        _mm_prefetch(p + w * TILE_WORD + PREFETCH_BYTES, _MM_HINT_T0);
 }
 
 /* Keeps the compiler from holding what it loaded from p in registers: better to load it again than to spill. */
@@ -101,10 +98,10 @@ INLINE void matmul_k(unsigned n, bool fifth, uint32_t k, const uint8_t *tile, ui
     for (uint32_t b = 0; b < k / QUANT_K; b++, tile += words * TILE_WORD) {
         struct k_scales scales;
         k_scales_unpack(tile, &scales);
-        prefetch(n, tile, q_word);
+        prefetch(tile, q_word);
         for (uint32_t pair = 0; pair < 4; pair++) {
             const uint8_t *q = tile + (q_word + pair * 8) * TILE_WORD, *high = tile + Q5_K_HIGH * TILE_WORD;
-            prefetch(n, q, 8);
+            prefetch(q, 8);
             UNROLL for (unsigned odd = 0; odd < 2; odd++) {
                 const uint32_t g = 2 * pair + odd;
                 const __m512i turn = _mm512_set1_epi32((int)g - 4); /* brings bit g to bit 4 */
@@ -150,12 +147,12 @@ INLINE void matmul_q6_k(unsigned n, uint32_t k, const uint8_t *tile, uint32_t ro
     tile += q6_k_head_bytes(k / QUANT_K);
     for (uint32_t b = 0; b < k / QUANT_K; b++, tile += Q6_K_WORDS * TILE_WORD, d += TILE_D) {
         const __m512 block_scale = load_f16(d);
-        prefetch(n, tile, Q6_K_HALF);
+        prefetch(tile, Q6_K_HALF);
         for (uint32_t pair = 0; pair < 4; pair++) {
             const uint8_t *high = tile + (Q6_K_HALF + pair / 2 * Q6_K_HALF_WORDS) * TILE_WORD;
             const uint8_t *low = high + (Q6_K_LOW + pair % 2 * 8) * TILE_WORD;
             const __m512i scales = load(tile + pair * TILE_WORD);
-            prefetch(n, high + pair % 2 * 12 * TILE_WORD, 12);
+            prefetch(high + pair % 2 * 12 * TILE_WORD, 12);
             UNROLL for (unsigned odd = 0; odd < 2; odd++) {
                 const uint32_t g = 2 * pair + odd;
                 const __m512i turn = _mm512_set1_epi32((int)(g % 4 * 2) - 4); /* brings the group's two bits to 4 and 5 */
@@ -192,7 +189,7 @@ INLINE void matmul_q8_0(unsigned n, uint32_t k, const uint8_t *tile, uint32_t ro
     for (uint32_t g = 0; g < k / 32; g++) {
         const uint8_t *q = tile + q8_0_q_offset(g);
         __m512i w[8];
-        prefetch(n, q, 8);
+        prefetch(q, 8);
         UNROLL for (unsigned j = 0; j < 8; j++)
             w[j] = load(q + j * TILE_WORD);
         const __m512 scale = load_f16(tile + q8_0_d_offset(g));

@@ -25,6 +25,8 @@ struct bench_options {
 
 int bench_kernels(const struct bench_options *options, struct thread_pool *pool, const struct machine *machine,
                   struct status *status);
-int bench_model(const struct bench_options *options, const struct machine *machine, struct status *status);
+/* The pool is for measuring the read rate again beside each batch: neighbours on the machine change it. */
+int bench_model(const struct bench_options *options, struct thread_pool *pool, const struct machine *machine,
+                struct status *status);
 
 #endif

@@ -10,7 +10,7 @@
 
 #include "common/clock.h"
 
-enum { PIECE = 1 << 20, RUNS = 5, ROUNDS = 1 << 20, CHAINS = 16 };
+enum { READ_BYTES = 512 << 20 /* much more than the caches */, PIECE = 1 << 20, RUNS = 5, ROUNDS = 1 << 20, CHAINS = 16, AHEAD = 4096 };
 
 void *bench_allocate(size_t bytes) {
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -40,9 +40,11 @@ static void read_pieces(void *context, uint32_t first, uint32_t end, uint32_t th
     const uint64_t *p = (const uint64_t *)(reading->memory + (size_t)first * PIECE);
     const uint64_t *limit = (const uint64_t *)(reading->memory + (size_t)end * PIECE);
     uint64_t sum[8] = {0};
-    for (; p < limit; p += 8)
+    for (; p < limit; p += 8) {
+        __builtin_prefetch((const char *)p + AHEAD);
         for (int i = 0; i < 8; i++)
             sum[i] += p[i];
+    }
     for (int i = 0; i < 8; i++)
         reading->sums[thread % 64] += sum[i];
 }
@@ -134,20 +136,27 @@ static double measure_multiply_add(struct thread_pool *pool, enum cpu_isa isa) {
     return best;
 }
 
-int machine_measure(struct thread_pool *pool, enum cpu_isa isa, size_t bytes, struct machine *machine,
-                    struct status *status) {
-    uint32_t pieces = (uint32_t)(bytes / PIECE);
-    struct reading reading = {.memory = bench_allocate((size_t)pieces * PIECE)};
+int machine_measure_read(struct thread_pool *pool, double *rate, struct status *status) {
+    const uint32_t pieces = READ_BYTES / PIECE;
+    struct reading reading = {.memory = bench_allocate(READ_BYTES)};
+    *rate = 0;
     if (reading.memory == NULL)
-        return status_set(status, STATUS_RESOURCE_EXHAUSTED, "no memory for %zu bytes to read", bytes);
-    *machine = (struct machine){.multiply_add = measure_multiply_add(pool, isa)};
+        return status_set(status, STATUS_RESOURCE_EXHAUSTED, "no memory for %d bytes to read", READ_BYTES);
     thread_pool_run(pool, fill, &reading, pieces);
     for (int run = 0; run < RUNS; run++) {
         uint64_t began = clock_now_ns();
         thread_pool_run(pool, read_pieces, &reading, pieces);
-        double rate = (double)pieces * PIECE / ((double)(clock_now_ns() - began) / 1e9);
-        machine->read = rate > machine->read ? rate : machine->read;
+        double now = (double)READ_BYTES / ((double)(clock_now_ns() - began) / 1e9);
+        *rate = now > *rate ? now : *rate;
     }
-    bench_free(reading.memory, (size_t)pieces * PIECE);
+    bench_free(reading.memory, READ_BYTES);
+    return 0;
+}
+
+int machine_measure(struct thread_pool *pool, enum cpu_isa isa, struct machine *machine, struct status *status) {
+    /* Reading comes first: by its end the system has given each thread a processor, which takes it a while. */
+    if (machine_measure_read(pool, &machine->read, status) < 0)
+        return -1;
+    machine->multiply_add = measure_multiply_add(pool, isa);
     return 0;
 }

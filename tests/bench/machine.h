@@ -12,9 +12,9 @@ struct machine {
     double multiply_add; /* int8 multiply-adds per second, from registers, with what the instruction set has for it */
 };
 
-/* bytes: of the buffer that is read; much more than the caches. */
-int machine_measure(struct thread_pool *pool, enum cpu_isa isa, size_t bytes, struct machine *machine,
-                    struct status *status);
+int machine_measure(struct thread_pool *pool, enum cpu_isa isa, struct machine *machine, struct status *status);
+/* The first of them alone. */
+int machine_measure_read(struct thread_pool *pool, double *rate, struct status *status);
 
 /* Zeroed memory in huge pages where the system gives them; NULL: none. Freed with bench_free. */
 void *bench_allocate(size_t bytes);

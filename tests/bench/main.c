@@ -6,24 +6,22 @@
 
 /* moed-bench: how close kernels and executor come to what the machine could do. */
 
-enum { READ_BYTES = 512 << 20, BATCHES_MAX = 16, BATCH_MAX = 4096 };
+enum { BATCHES_MAX = 16, BATCH_MAX = 4096 };
 
 static int run(const struct bench_options *options, bool kernels, struct status *status) {
     struct thread_pool *pool = NULL;
     struct machine machine;
     int result = -1;
     if (thread_pool_create(options->threads, &pool, status) < 0 ||
-        machine_measure(pool, options->isa, READ_BYTES, &machine, status) < 0)
+        machine_measure(pool, options->isa, &machine, status) < 0)
         goto out;
     const char *isa = cpu_kernels_select(options->isa)->name;
     printf(options->json ? "{\"isa\":\"%s\",\"threads\":%u,\"read\":%.4g,\"multiply_add\":%.4g"
                          : "%s, %u threads: reads %.3g bytes/s, %.3g int8 multiply-adds/s\n",
            isa, thread_pool_size(pool), machine.read, machine.multiply_add);
     result = kernels ? bench_kernels(options, pool, &machine, status) : 0;
-    thread_pool_destroy(pool); /* the executor has threads of its own */
-    pool = NULL;
     if (result == 0 && *options->model != '\0')
-        result = bench_model(options, &machine, status);
+        result = bench_model(options, pool, &machine, status);
     if (options->json)
         printf("}\n");
 

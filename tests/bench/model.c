@@ -158,9 +158,9 @@ static void print_batch(const struct runner *runner, const struct figures *figur
     double prefill_rate = ((token_weights - head) * rows + head * batch) / figures->prefill;
     if (json)
         printf("%s{\"batch\":%u,\"prompt\":%u,\"prefill\":%.5g,\"prefill_multiply_add\":%.4g,\"decode\":%.5g,"
-               "\"decode_multiply_add\":%.4g,\"step_bytes\":%.5g,\"decode_read\":%.4g,\"experts\":%.4g}",
+               "\"decode_multiply_add\":%.4g,\"step_bytes\":%.5g,\"decode_read\":%.4g,\"read\":%.4g,\"experts\":%.4g}",
                first ? "" : ",", runner->batch, runner->prompt, prefill, prefill_rate, decode, decode_rate, step_bytes,
-               read, figures->experts);
+               read, machine->read, figures->experts);
     else
         printf("%5u | %8.1f tok/s %3.0f %% | %7.1f tok/s %6.1f MB/step %5.1f experts %5.1f GB/s %3.0f %% | %3.0f %%\n",
                runner->batch, prefill, 100 * prefill_rate / machine->multiply_add, decode, step_bytes / 1e6,
@@ -208,7 +208,8 @@ static void close_runner(struct runner *runner) {
     free(runner->outputs);
 }
 
-int bench_model(const struct bench_options *options, const struct machine *machine, struct status *status) {
+int bench_model(const struct bench_options *options, struct thread_pool *pool, const struct machine *machine,
+                struct status *status) {
     struct runner runner = {.decode = options->decode};
     uint32_t most = 0;
     int result = -1;
@@ -226,11 +227,12 @@ int bench_model(const struct bench_options *options, const struct machine *machi
                options->model, runner.executor->info.device, options->prefill, 36, "");
     for (uint32_t i = 0; i < options->batch_count; i++) {
         struct figures figures;
+        struct machine now = *machine;
         runner.batch = options->batches[i];
         runner.prompt = options->prefill / runner.batch;
-        if (run_batch(&runner, &figures, status) < 0)
+        if (machine_measure_read(pool, &now.read, status) < 0 || run_batch(&runner, &figures, status) < 0)
             goto out;
-        print_batch(&runner, &figures, machine, options->json, i == 0);
+        print_batch(&runner, &figures, &now, options->json, i == 0);
     }
     if (options->json)
         printf("]");
