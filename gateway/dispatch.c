@@ -267,10 +267,9 @@ static void on_hello(struct dispatch *dispatch, const struct wire_identity *peer
     Moed__Worker__V1__Welcome welcome = MOED__WORKER__V1__WELCOME__INIT;
     welcome.gateway_id = gateway_id;
     welcome.gateway_incarnation = dispatch->incarnation;
+    publish(dispatch); /* first: whoever sees the worker welcomed may count on it */
     if (SEND(dispatch, peer, WELCOME, welcome, &welcome))
         lose_worker(dispatch, worker, "its connection is gone");
-    else
-        publish(dispatch);
 }
 
 static void on_heartbeat(struct dispatch *dispatch, struct worker *worker, const Moed__Worker__V1__Heartbeat *beat) {

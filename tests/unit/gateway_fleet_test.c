@@ -134,9 +134,12 @@ static void send_tokens(void *dealer, uint64_t id, uint32_t token, Moed__V1__Fin
     SEND(dealer, STEP_OUTPUT, step_output, &step);
 }
 
+static uint64_t deadline_ns(void) {
+    return clock_now_ns() + WAIT_MS * UINT64_C(1000000);
+}
+
 /* The next message that is no acknowledgement or, where one is waited for, any. */
-static Moed__Worker__V1__ToWorker *next_message(void *dealer, bool acks) {
-    uint64_t deadline = clock_now_ns() + WAIT_MS * UINT64_C(1000000);
+static Moed__Worker__V1__ToWorker *next_message(void *dealer, bool acks, uint64_t deadline) {
     while (clock_now_ns() < deadline) {
         zmq_pollitem_t item = {.socket = dealer, .events = ZMQ_POLLIN};
         ProtobufCMessage *message;
@@ -154,8 +157,9 @@ static Moed__Worker__V1__ToWorker *next_message(void *dealer, bool acks) {
 
 /* The next message of this kind; others are passed over. */
 static Moed__Worker__V1__ToWorker *expect(void *dealer, Moed__Worker__V1__ToWorker__BodyCase kind) {
+    uint64_t deadline = deadline_ns();
     for (;;) {
-        Moed__Worker__V1__ToWorker *message = next_message(dealer, true);
+        Moed__Worker__V1__ToWorker *message = next_message(dealer, true, deadline);
         if (message->body_case == kind)
             return message;
         moed__worker__v1__to_worker__free_unpacked(message, NULL);
@@ -407,7 +411,7 @@ static void refuses_workers(void **state) {
     for (int i = 0; i < 100 && !welcome; i++) {
         nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
         send_hello(same_name, "a", 2, "f00d");
-        Moed__Worker__V1__ToWorker *answer = next_message(same_name, false);
+        Moed__Worker__V1__ToWorker *answer = next_message(same_name, false, deadline_ns());
         welcome = answer->body_case == MOED__WORKER__V1__TO_WORKER__BODY_WELCOME;
         done(answer);
     }
