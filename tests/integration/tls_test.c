@@ -36,8 +36,6 @@ static int call(const char *first, const char *second, const char *third) {
 }
 
 static void the_gateway_shows_its_certificate(void **state) {
-    if (system("openssl version >openssl.out 2>&1") != 0)
-        skip();
     certificate("server");
     certificate("other");
     gateway_start(NULL);
@@ -49,8 +47,6 @@ static void the_gateway_shows_its_certificate(void **state) {
 }
 
 static void the_client_shows_its_certificate(void **state) {
-    if (system("openssl version >openssl.out 2>&1") != 0)
-        skip();
     certificate("server");
     certificate("client");
     certificate("other");
@@ -63,6 +59,10 @@ static void the_client_shows_its_certificate(void **state) {
 }
 
 int main(void) {
+    if (system("openssl version >/dev/null 2>&1") != 0) {
+        puts("1..0 # SKIP there is no openssl program"); /* cmocka's own skip() reads as a failure in TAP */
+        return 0;
+    }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(the_gateway_shows_its_certificate, harness_stop_all),
         cmocka_unit_test_teardown(the_client_shows_its_certificate, harness_stop_all),
