@@ -22,6 +22,7 @@ struct progress {
     uint64_t started_ns, first_token_ns;
     uint64_t decode_ns; /* the worker's: tokens may come here in fewer messages than steps made them */
     uint64_t tokens;
+    uint32_t prompt_tokens, cached_tokens;
     char *worker;
     Moed__V1__FinishReason finish_reason;
 };
@@ -47,6 +48,9 @@ static void print_summary(const struct progress *progress) {
         fprintf(stderr, ", the first after %.1f ms", first_ms);
     if (progress->tokens > 1 && progress->decode_ns > 0)
         fprintf(stderr, ", then %.1f tokens/s", (double)(progress->tokens - 1) * 1e9 / (double)progress->decode_ns);
+    if (progress->cached_tokens > 0)
+        fprintf(stderr, "; %" PRIu32 " of %" PRIu32 " prompt tokens were cached", progress->cached_tokens,
+                progress->prompt_tokens);
     const ProtobufCEnumValue *reason =
         protobuf_c_enum_descriptor_get_value(&moed__v1__finish_reason__descriptor, (int)progress->finish_reason);
     fprintf(stderr, "; %s, worker %s\n", reason ? reason->name : "?", progress->worker ? progress->worker : "?");
@@ -72,6 +76,10 @@ static int stream(struct generate *generate, struct rpc_call *call, struct progr
         if (response->timing && !progress->worker) {
             progress->worker = strdup(response->timing->worker);
             progress->decode_ns = response->timing->decode_ns;
+        }
+        if (response->usage) {
+            progress->prompt_tokens = response->usage->prompt_tokens;
+            progress->cached_tokens = response->usage->cached_tokens;
         }
         rpc_message_free(event.message);
         if ((exit_status = client_flush()) != 0) {
@@ -191,7 +199,7 @@ int command_generate(int argc, char **argv) {
         {.name = "request-id", .type = OPTION_STRING, .value = &request_id, .argument = "ID",
          .help = "Name of the request, unique among those in flight."},
         {.name = "priority", .type = OPTION_REAL, .value = &generate.priority, .argument = "N",
-         .help = "Requests of higher priority go first.", .real_min = INT32_MIN, .real_max = INT32_MAX},
+         .help = "Requests of higher priority go first: a level is worth ten seconds of waiting.", .real_min = INT32_MIN, .real_max = INT32_MAX},
         {0},
     };
     const struct option_set set = {.program = "moed-client",

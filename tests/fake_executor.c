@@ -8,7 +8,7 @@
 struct fake {
     struct executor base;
     const struct model_config *config;
-    uint32_t *kv; /* [kv_blocks * kv_block_tokens]: the token of each position */
+    uint32_t *kv; /* [kv_blocks * kv_block_tokens]: a hash of the tokens up to each position */
     struct sampled *sampled;
     float *logits;
     const float **logits_rows;
@@ -140,13 +140,18 @@ static uint32_t *kv_at(struct fake *fake, const struct batch_sequence *sequence,
     return &fake->kv[(size_t)sequence->blocks[position / block_tokens] * block_tokens + position % block_tokens];
 }
 
+static uint32_t kv_value(uint32_t before, uint32_t token) {
+    return (uint32_t)mix((uint64_t)before << 32 | token) + 1;
+}
+
 static void answer(struct fake *fake, const struct batch_sequence *sequence, uint32_t position,
                    const struct batch_output *output, uint32_t index) {
     uint32_t vocab = fake->config->vocab_size;
     require(output->history_length == position + 1, "history_length");
     if (!fake_executor.unchecked)
-        for (uint32_t i = 0; i <= position; i++)
-            require(*kv_at(fake, sequence, i) == output->history[i], "the KV cache holds another's tokens");
+        for (uint32_t i = 0, value = 0; i <= position; i++)
+            require(*kv_at(fake, sequence, i) == (value = kv_value(value, output->history[i])),
+                    "the KV cache holds another's tokens");
     struct sampled *sampled = &fake->sampled[index];
     if (output->sampling) {
         *sampled = (struct sampled){.token = fake_executor_next(output->history, position + 1, vocab)};
@@ -181,6 +186,7 @@ static int fake_step(struct executor *executor, const struct batch *batch, struc
     struct fake *fake = (struct fake *)executor;
     check_batch(fake, batch);
     atomic_fetch_add(&fake_executor.steps, 1);
+    atomic_fetch_add(&fake_executor.rows, batch->rows);
     uint32_t step_us = atomic_load(&fake_executor.step_us);
     if (step_us > 0)
         nanosleep(&(struct timespec){step_us / 1000000, step_us % 1000000 * 1000L}, NULL);
@@ -192,7 +198,9 @@ static int fake_step(struct executor *executor, const struct batch *batch, struc
     for (uint32_t i = 0; i < batch->sequence_count; i++) {
         const struct batch_sequence *sequence = &batch->sequences[i];
         for (uint32_t j = 0; j < sequence->rows; j++, row++) {
-            *kv_at(fake, sequence, sequence->position + j) = batch->tokens[row];
+            uint32_t position = sequence->position + j;
+            *kv_at(fake, sequence, position) =
+                kv_value(position ? *kv_at(fake, sequence, position - 1) : 0, batch->tokens[row]);
             if (batch->routes)
                 route(fake, row, batch->tokens[row]);
             if (output < batch->output_count && batch->outputs[output].row == row) {

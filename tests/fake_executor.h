@@ -9,7 +9,7 @@
 
 /*
  * An executor without a model: the token after a sequence is a hash of its last token and its length. Its KV cache
- * holds the tokens themselves, so that it can tell whether every block table holds what its sequence put there; a batch
+ * holds hashes of the tokens up to each position, so that it can tell whether every block table holds its sequence; a batch
  * that breaks worker/executor.h aborts the process.
  */
 extern const struct executor_ops fake_executor_ops;
@@ -20,7 +20,7 @@ struct fake_executor_control {
     bool unchecked;             /* do not look into the KV cache: constant time a row */
     _Atomic uint32_t step_us;   /* how long a step takes */
     _Atomic uint32_t fail_steps; /* so many steps fail */
-    _Atomic uint64_t steps;     /* counted */
+    _Atomic uint64_t steps, rows; /* counted */
 };
 extern struct fake_executor_control fake_executor;
 

@@ -117,8 +117,10 @@ void report_clear(struct report *report) {
 static void submit(struct engine *engine, struct request *request) {
     struct request *other = request_find(engine, request->peer, request->id);
     request_insert(engine, request);
-    for (uint32_t i = 0; i < request->sequence_count; i++)
+    for (uint32_t i = 0; i < request->sequence_count; i++) {
+        request->sequences[i].submitted_ns = request->submitted_ns;
         scheduler_add(engine->scheduler, &request->sequences[i]);
+    }
     if (other) {
         log_error("duplicate_id", LOG_UINT("id", request->id));
         request_end(engine, other);
@@ -379,14 +381,14 @@ static void engine_free(struct engine *engine) {
     free(engine);
 }
 
-int engine_create(struct executor *executor, void *zmq_context, const char *worker_id, struct engine **out,
-                  struct status *status) {
+int engine_create(struct executor *executor, void *zmq_context, const char *worker_id, bool prefix_cache,
+                  struct engine **out, struct status *status) {
     struct engine *engine = memory_allocate(1, sizeof(*engine));
     engine->executor = executor;
     engine->worker_id = memory_copy_string(worker_id);
     engine->step_reports = memory_allocate(executor->info.max_sequences, sizeof(*engine->step_reports));
     engine->failed = memory_allocate(executor->info.max_sequences, sizeof(*engine->failed));
-    engine->scheduler = scheduler_create(&executor->info);
+    engine->scheduler = scheduler_create(&executor->info, prefix_cache);
     if (!engine->scheduler) {
         engine_free(engine);
         return status_set(status, STATUS_RESOURCE_EXHAUSTED, "no memory for the scheduler");

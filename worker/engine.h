@@ -34,8 +34,8 @@ struct engine_load {
 
 /* The executor stays the caller's and must outlive the engine, which alone uses it meanwhile. `worker_id` stands in
  * Timing. On success *out is to be freed with engine_destroy. */
-int engine_create(struct executor *executor, void *zmq_context, const char *worker_id, struct engine **out,
-                  struct status *status);
+int engine_create(struct executor *executor, void *zmq_context, const char *worker_id, bool prefix_cache,
+                  struct engine **out, struct status *status);
 /* Ends all work without a word once the step that is running has ended. */
 void engine_destroy(struct engine *engine);
 

@@ -5,6 +5,7 @@
 static const char *const backends[] = {"auto", "cpu", "cuda", NULL};
 static const char *const isas[] = {"auto", "c", "avx2", "avx512", NULL};
 static const char *const repacks[] = {"auto", "on", "off", NULL};
+static const char *const switches[] = {"on", "off", NULL};
 static const char *const levels[] = {"error", "warn", "info", "debug", NULL}; /* as enum log_level */
 static const char *const formats[] = {"text", "json", NULL};                  /* as enum log_format */
 static const char *const default_gateway[] = {"ipc:///run/moed/worker.sock"};
@@ -17,6 +18,7 @@ int worker_options_parse(int argc, char **argv, struct worker_options *out, stru
         .memory_fraction = 0.95,
         .isa = "auto",
         .repack = "auto",
+        .prefix_cache = "on",
         .heartbeat_ms = 1000,
         .log_level = "info",
         .log_format = "text",
@@ -50,6 +52,10 @@ int worker_options_parse(int argc, char **argv, struct worker_options *out, stru
          .real_max = 1, .help = "Of the device's memory, for weights and KV cache together."},
         {.name = "kv-size", .type = OPTION_UINT, .value = &out->kv_bytes, .argument = "BYTES",
          .help = "Size of the KV cache; 0: what memory-fraction leaves, at most what all sequences can fill."},
+        {.name = "prefix-cache", .type = OPTION_CHOICE, .value = &out->prefix_cache, .argument = "WHEN",
+         .choices = switches,
+         .help = "Whether prompts that begin alike are computed once, as long as the KV cache has room for what they "
+                 "share. Results are the same."},
         {.name = "isa", .type = OPTION_CHOICE, .value = &out->isa, .argument = "ISA", .choices = isas,
          .help = "Instruction set of the CPU kernels; auto is the best this processor has."},
         {.name = "repack", .type = OPTION_CHOICE, .value = &out->repack, .argument = "WHEN", .choices = repacks,
@@ -102,6 +108,10 @@ void worker_options_executor(const struct worker_options *options, struct execut
         .isa = options->isa,
         .repack = options->repack,
     };
+}
+
+bool worker_options_prefix_cache(const struct worker_options *options) {
+    return strcmp(options->prefix_cache, "on") == 0;
 }
 
 static int index_of(const char *const *choices, const char *choice) {

@@ -13,7 +13,7 @@ struct worker_options {
     const char *worker_id;
     uint64_t device, threads, max_sequences, step_tokens, context_length, kv_bytes;
     double memory_fraction;
-    const char *isa, *repack;
+    const char *isa, *repack, *prefix_cache;
     uint64_t heartbeat_ms;
     const char *log_level, *log_format;
 };
@@ -24,6 +24,7 @@ void worker_options_free(struct worker_options *options);
 
 const char *const *worker_options_gateways(const struct worker_options *options, size_t *count);
 void worker_options_executor(const struct worker_options *options, struct executor_options *out);
+bool worker_options_prefix_cache(const struct worker_options *options);
 enum log_level worker_options_log_level(const struct worker_options *options);
 enum log_format worker_options_log_format(const struct worker_options *options);
 

@@ -91,6 +91,8 @@ void output_finish(Moed__Worker__V1__SequenceOutput *output, const struct sequen
     output->usage = memory_allocate(1, sizeof(*output->usage));
     moed__v1__usage__init(output->usage);
     output->usage->prompt_tokens = sequence->prompt_length;
+    output->usage->cached_tokens =
+        sequence->cached < sequence->prompt_length ? sequence->cached : sequence->prompt_length;
     output->usage->completion_tokens = sequence->token_count - sequence->prompt_length;
     output->timing = memory_allocate(1, sizeof(*output->timing));
     output_timing(output->timing, sequence->request, now_ns, memory_copy_string(worker_id));

@@ -7,7 +7,9 @@
 struct scheduler {
     uint32_t max_sequences, step_tokens, max_outputs;
     struct kv_cache *kv;
-    uint64_t arrivals, preemptions;
+    uint32_t block_tokens;
+    bool prefix_cache;
+    uint64_t arrivals, preemptions, prefix_queries, prefix_hits;
 
     struct sequence **running; /* [max_sequences], in order */
     uint32_t running_count;
@@ -30,14 +32,16 @@ uint32_t scheduler_context_length(const struct executor_info *info) {
     return positions < info->context_length ? (uint32_t)positions : info->context_length;
 }
 
-struct scheduler *scheduler_create(const struct executor_info *info) {
+struct scheduler *scheduler_create(const struct executor_info *info, bool prefix_cache) {
     struct scheduler *scheduler = calloc(1, sizeof(*scheduler));
     if (!scheduler)
         return NULL;
     uint32_t slots = scheduler->max_sequences = info->max_sequences;
     scheduler->step_tokens = info->step_tokens;
     scheduler->max_outputs = info->max_outputs;
-    scheduler->kv = kv_cache_create(info->kv_blocks, info->kv_block_tokens);
+    scheduler->block_tokens = info->kv_block_tokens;
+    scheduler->prefix_cache = prefix_cache;
+    scheduler->kv = kv_cache_create(info->kv_blocks, info->kv_block_tokens, prefix_cache);
     scheduler->running = calloc(slots, sizeof(*scheduler->running));
     scheduler->free_slots = calloc(slots, sizeof(*scheduler->free_slots));
     scheduler->tokens = calloc(info->step_tokens, sizeof(*scheduler->tokens));
@@ -74,7 +78,7 @@ void scheduler_destroy(struct scheduler *scheduler) {
 }
 
 static bool goes_before(const struct sequence *a, const struct sequence *b) {
-    return a->priority != b->priority ? a->priority > b->priority : a->arrival < b->arrival;
+    return a->turn != b->turn ? a->turn < b->turn : a->arrival < b->arrival;
 }
 
 /* ---- the waiting ones */
@@ -145,6 +149,12 @@ static bool preempt_stalled(struct scheduler *scheduler) {
 void scheduler_add(struct scheduler *scheduler, struct sequence *sequence) {
     assert(sequence->state == SEQUENCE_IDLE && sequence->computed == 0 && sequence->token_count > 0);
     sequence->arrival = scheduler->arrivals++;
+    /* Levels beyond what a lifetime of waiting makes up for count as that. */
+    const int64_t level_ns = SCHEDULER_PRIORITY_S * INT64_C(1000000000), levels_max = 100000000;
+    int64_t levels = sequence->priority > levels_max    ? levels_max
+                     : sequence->priority < -levels_max ? -levels_max
+                                                        : sequence->priority;
+    sequence->turn = (int64_t)sequence->submitted_ns - levels * level_ns;
     waiting_insert(scheduler, sequence);
 }
 
@@ -258,32 +268,82 @@ static void plan_prefills(struct scheduler *scheduler) {
     }
 }
 
+/* Whether a running sequence is at work on the block that comes behind those a waiting one shares with it. */
+static bool being_computed(const struct scheduler *scheduler, const struct sequence *sequence) {
+    uint32_t block_tokens = scheduler->block_tokens, shared = sequence->kv.count, begin = shared * block_tokens;
+    if (sequence_reusable(sequence) < begin + block_tokens)
+        return false;
+    for (uint32_t i = 0; i < scheduler->running_count; i++) {
+        const struct sequence *other = scheduler->running[i];
+        if (other->computed < begin + block_tokens && other->token_count >= begin + block_tokens &&
+            !sequence_stalled(other) &&
+            (shared == 0 || (other->kv.published >= shared &&
+                             other->kv.blocks[shared - 1] == sequence->kv.blocks[shared - 1])) &&
+            memcmp(other->tokens + begin, sequence->tokens + begin, block_tokens * sizeof(*sequence->tokens)) == 0)
+            return true;
+    }
+    return false;
+}
+
+enum admission { ADMITTED, PASSED_OVER, NO_ROOM };
+
 /*
  * Makes room for a waiting sequence and admits it. One block is left over for each running sequence, so that the newest
  * does not lose its blocks again at once.
  */
-static bool admit(struct scheduler *scheduler, struct sequence *sequence) {
-    uint32_t needed = kv_cache_blocks_for(scheduler->kv, sequence->token_count);
-    while (scheduler->running_count == scheduler->max_sequences ||
-           kv_cache_free(scheduler->kv) < (uint64_t)needed + scheduler->running_count)
+static enum admission admit(struct scheduler *scheduler, struct sequence *sequence) {
+    while (scheduler->running_count == scheduler->max_sequences)
         if (!preempt_stalled(scheduler))
-            return false;
+            return NO_ROOM;
+    uint32_t needed = kv_cache_blocks_for(scheduler->kv, sequence->token_count);
+    uint32_t cached =
+        kv_cache_match(scheduler->kv, &sequence->kv, sequence->tokens, sequence_reusable(sequence));
+    enum admission result = NO_ROOM;
+    if (scheduler->prefix_cache && being_computed(scheduler, sequence)) {
+        result = PASSED_OVER;
+        goto fail;
+    }
+    while (kv_cache_free(scheduler->kv) < (uint64_t)needed - sequence->kv.count + scheduler->running_count)
+        if (!preempt_stalled(scheduler))
+            goto fail;
     if (!kv_cache_reserve(scheduler->kv, &sequence->kv, sequence->token_count))
-        return false;
+        goto fail;
     waiting_remove(scheduler, sequence);
     running_insert(scheduler, sequence);
-    return true;
+    sequence->computed = cached;
+    if (!sequence->admitted) {
+        sequence->admitted = true;
+        sequence->cached = cached;
+        scheduler->prefix_queries += sequence->token_count;
+        scheduler->prefix_hits += cached;
+    }
+    return ADMITTED;
+
+fail:
+    kv_cache_release(scheduler->kv, &sequence->kv);
+    return result;
 }
 
 static void plan_admissions(struct scheduler *scheduler) {
     struct sequence *next;
+    uint32_t passed_over = 0; /* bounded, for it costs time */
     for (struct sequence *sequence = scheduler->waiting_first; sequence; sequence = next) {
         next = sequence->next;
         if (sequence_stalled(sequence))
             continue;
-        if (rows_that_fit(scheduler, sequence) == 0 || !admit(scheduler, sequence))
+        if (rows_that_fit(scheduler, sequence) == 0)
             return;
-        plan_sequence(scheduler, sequence);
+        switch (admit(scheduler, sequence)) {
+        case ADMITTED:
+            plan_sequence(scheduler, sequence);
+            break;
+        case PASSED_OVER:
+            if (++passed_over == scheduler->max_sequences)
+                return;
+            break;
+        case NO_ROOM:
+            return;
+        }
     }
 }
 
@@ -304,6 +364,7 @@ void scheduler_advance(struct scheduler *scheduler, const struct plan *plan) {
         sequence->computed += plan->batch.sequences[i].rows;
         if (sequence->answered < sequence->computed)
             sequence->answered = sequence->computed;
+        kv_cache_publish(scheduler->kv, &sequence->kv, sequence->tokens, sequence->computed);
     }
 }
 
@@ -314,6 +375,8 @@ void scheduler_get_load(const struct scheduler *scheduler, struct scheduler_load
         .kv_blocks_free = kv_cache_free(scheduler->kv),
         .waiting_tokens = scheduler->waiting_tokens,
         .preemptions = scheduler->preemptions,
+        .prefix_queries = scheduler->prefix_queries,
+        .prefix_hits = scheduler->prefix_hits,
     };
     for (uint32_t i = 0; i < scheduler->running_count; i++)
         if (sequence_remaining(scheduler->running[i]) > 1)

@@ -10,10 +10,11 @@
 /*
  * Decides which rows the next step runs. Logic alone: no threads, no clock, no I/O.
  *
- * Sequences have one order: higher priority first, then first come, first served. A step takes the decode rows of the
- * running sequences, then prompts of running ones, then admits waiting ones, each in that order, as far as rows,
- * outputs, slots and KV blocks go. A sequence is admitted with the blocks of all its tokens; nobody overtakes one that
- * does not fit yet.
+ * Sequences have one order: first come, first served, where a level of priority is worth SCHEDULER_PRIORITY_S seconds
+ * of waiting, so that nobody starves. A step takes the decode rows of the running sequences, then prompts of running
+ * ones, then admits waiting ones, each in that order, as far as rows, outputs, slots and KV blocks go. A sequence is
+ * admitted with the blocks of all its tokens, and begins behind those that the KV cache holds already; nobody overtakes
+ * one that does not fit yet. But one whose next block a running sequence is computing waits for it, and others pass.
  *
  * When a running sequence needs a block and none is free, the last one in the order gives up its blocks and waits in
  * its old place to be computed again; results are batch-invariant, so nobody can tell. Sequences that wait for their
@@ -29,14 +30,20 @@ struct plan {
     const uint32_t *output_count; /* [batch.sequence_count] */
 };
 
+enum { SCHEDULER_PRIORITY_S = 10 };
+
 struct scheduler_load {
     uint32_t running, waiting, kv_blocks_free;
     uint64_t waiting_tokens; /* to prefill, of waiting and running sequences */
     uint64_t preemptions;
+    uint64_t prefix_queries, prefix_hits; /* tokens of admitted sequences, and those of them that were cached */
 };
 
-/* NULL: no memory. A sequence may become as long as scheduler_context_length, which always fits. */
-struct scheduler *scheduler_create(const struct executor_info *info);
+/*
+ * prefix_cache: whether KV blocks are shared and kept for sequences that begin alike. A sequence may become as long as
+ * scheduler_context_length, which always fits. NULL: no memory.
+ */
+struct scheduler *scheduler_create(const struct executor_info *info, bool prefix_cache);
 /* All sequences must have been removed. */
 void scheduler_destroy(struct scheduler *scheduler);
 

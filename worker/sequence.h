@@ -12,7 +12,7 @@ struct request;
 enum sequence_state {
     SEQUENCE_IDLE,    /* not with the scheduler */
     SEQUENCE_WAITING, /* no slot, no KV blocks */
-    SEQUENCE_RUNNING, /* has a slot and the KV blocks of its tokens so far */
+    SEQUENCE_RUNNING, /* has a slot and the KV blocks of its tokens so far, some of them shared */
 };
 
 enum sequence_end { SEQUENCE_GOES_ON, SEQUENCE_STOPPED, SEQUENCE_LENGTH };
@@ -30,6 +30,7 @@ struct sequence {
     uint32_t token_count, token_capacity;
     uint32_t prompt_length;
     uint32_t computed; /* leading tokens whose keys and values lie in the KV cache */
+    uint32_t cached;   /* leading tokens that lay there when it was first admitted */
 
     bool generate;
     struct sampling sampling;
@@ -48,7 +49,10 @@ struct sequence {
     /* The scheduler's. */
     enum sequence_state state;
     int32_t priority;
+    uint64_t submitted_ns; /* by the owner's clock */
+    int64_t turn;          /* with priority and waiting in it: the lowest goes first; then by arrival */
     uint64_t arrival;
+    bool admitted; /* has been, once */
     uint32_t slot;
     struct kv_table kv;
     struct sequence *previous, *next; /* among the waiting ones */
@@ -76,6 +80,14 @@ static inline bool sequence_wants_output(const struct sequence *sequence, uint32
     if (sequence->all_positions)
         return position >= sequence->answered;
     return position + 1 == sequence->token_count;
+}
+
+/* How many leading tokens need not be computed if their keys and values are in the KV cache: nothing is wanted of them. */
+static inline uint32_t sequence_reusable(const struct sequence *sequence) {
+    if (sequence->routes)
+        return 0;
+    uint32_t silent = sequence->token_count - 1;
+    return sequence->all_positions && sequence->answered < silent ? sequence->answered : silent;
 }
 
 /* Appends a generated token, spends credit and says whether that was the last one. -1: no memory. */

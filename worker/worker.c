@@ -52,7 +52,7 @@ int worker_run(const struct worker_setup *setup, int stop_fd, struct status *sta
     const struct link_options options = {setup->gateways, setup->gateway_count, setup->heartbeat_ms * 1000000};
     if (link_create(&options, zmq_context, &link, status) != 0 ||
         setup->backend->open(setup->model, &setup->executor, &executor, status) != 0 ||
-        engine_create(executor, zmq_context, id, &engine, status) != 0)
+        engine_create(executor, zmq_context, id, setup->prefix_cache, &engine, status) != 0)
         goto out;
     log_ready(id, &executor->info);
     const struct link_worker worker = {id, &setup->model->config, &executor->info, engine};

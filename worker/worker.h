@@ -1,6 +1,7 @@
 #ifndef MOED_WORKER_WORKER_H
 #define MOED_WORKER_WORKER_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -15,6 +16,7 @@ struct worker_setup {
     size_t gateway_count;
     const char *worker_id; /* NULL: host name and process id */
     uint64_t heartbeat_ms;
+    bool prefix_cache; /* sequences that begin alike share KV blocks, also later */
 };
 
 /*

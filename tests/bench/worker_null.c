@@ -69,6 +69,7 @@ int main(int argc, char **argv) {
         .gateway_count = gateways.count,
         .worker_id = worker_id,
         .heartbeat_ms = heartbeat_ms,
+        .prefix_cache = true,
     };
     int stop_fd = stop_signal_open(&status);
     int result = stop_fd < 0 ? -1 : worker_run(&setup, stop_fd, &status);

@@ -60,6 +60,7 @@ static void *run_worker(void *argument) {
         .gateway_count = 1,
         .worker_id = "under-test",
         .heartbeat_ms = BEAT_MS,
+        .prefix_cache = true,
     };
     fixture->result = worker_run(&setup, fixture->stop[0], &fixture->status);
     return NULL;
