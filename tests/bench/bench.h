@@ -6,8 +6,16 @@
 #include "common/status.h"
 #include "kernels/cpu/cpu.h"
 #include "tests/bench/machine.h"
+#include "worker/executor.h"
 
 /* The parts of moed-bench. Each prints a table, or members of one JSON object, to standard output. */
+
+/* Sequences that are prefilled and then decoded together. */
+struct bench_case {
+    uint32_t batch;  /* sequences */
+    uint32_t prompt; /* tokens of each one's prompt */
+    uint32_t decode; /* steps after the prompts; 0: only the prompts are measured */
+};
 
 struct bench_options {
     enum cpu_isa isa;
@@ -15,17 +23,21 @@ struct bench_options {
     const char *format; /* only this one; "": all */
     bool json;
 
-    const char *model;    /* file to run the executor on; "": none */
-    const char *repack;   /* as in executor_options */
-    uint32_t prefill;     /* tokens of all prompts together: they are shared out among the sequences */
-    uint32_t decode;      /* steps after the prompts */
-    const uint32_t *batches; /* numbers of sequences */
-    uint32_t batch_count;
+    const char *model;   /* file to run an executor on; "": none */
+    const struct executor_ops *backend;
+    uint32_t device;     /* as in executor_options */
+    const char *repack;  /* as in executor_options */
+    uint32_t step_tokens; /* most rows of a step */
+    const struct bench_case *cases;
+    uint32_t case_count;
 };
 
 int bench_kernels(const struct bench_options *options, struct thread_pool *pool, const struct machine *machine,
                   struct status *status);
-/* The pool is for measuring the read rate again beside each batch: neighbours on the machine change it. */
+/*
+ * Runs the cases on the backend. `machine` and the pool are the CPU's: the read rate is measured again beside each case,
+ * because neighbours on the machine change it; a GPU's is that of its memory, and measured here.
+ */
 int bench_model(const struct bench_options *options, struct thread_pool *pool, const struct machine *machine,
                 struct status *status);
 

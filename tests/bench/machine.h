@@ -16,6 +16,12 @@ int machine_measure(struct thread_pool *pool, enum cpu_isa isa, struct machine *
 /* The first of them alone. */
 int machine_measure_read(struct thread_pool *pool, double *rate, struct status *status);
 
+/*
+ * What a GPU's memory does in a large copy on the device, bytes read and written counted: *machine->read. multiply_add
+ * becomes 0, unknown. Fails in builds without CUDA.
+ */
+int machine_measure_device(uint32_t device, struct machine *machine, struct status *status);
+
 /* Zeroed memory in huge pages where the system gives them; NULL: none. Freed with bench_free. */
 void *bench_allocate(size_t bytes);
 void bench_free(void *memory, size_t bytes);

@@ -3,10 +3,11 @@
 
 #include "common/options.h"
 #include "tests/bench/bench.h"
+#include "worker/backend.h"
 
 /* moed-bench: how close kernels and executor come to what the machine could do. */
 
-enum { BATCHES_MAX = 16, BATCH_MAX = 4096 };
+enum { CASES_MAX = 32, BATCH_MAX = 4096 };
 
 static int run(const struct bench_options *options, bool kernels, struct status *status) {
     struct thread_pool *pool = NULL;
@@ -30,38 +31,68 @@ out:
     return result;
 }
 
-static int parse_batches(const struct option_list *list, uint32_t *batches, uint32_t *count, struct status *status) {
-    for (size_t i = 0; i < list->count; i++) {
-        char *end;
-        unsigned long value = strtoul(list->items[i], &end, 10);
-        if (*end != '\0' || value == 0 || value > BATCH_MAX || i == BATCHES_MAX)
-            return status_set(status, STATUS_INVALID_ARGUMENT, "--batch: \"%s\", allowed are up to %d numbers from 1 to %d",
-                              list->items[i], BATCHES_MAX, BATCH_MAX);
+/* What llama-bench and llama-batched-bench measure: prompts alone, batches behind short ones, and a few at depth. */
+static const struct bench_case gpu_cases[] = {
+    {1, 512, 0},    {1, 2048, 0},   {1, 4096, 0},    {1, 512, 128},   {2, 512, 128},  {4, 512, 128},   {8, 512, 128},
+    {16, 512, 128}, {32, 512, 128}, {64, 512, 128}, {128, 512, 128}, {1, 8192, 128}, {16, 8192, 128},
+};
+static const uint32_t cpu_batches[] = {1, 2, 4, 8, 16};
+
+/* Batch sizes to cases: prompts of so many tokens each, or that share a step of them. */
+static int make_cases(const struct option_list *list, struct bench_options *bench, uint32_t prompt, uint32_t decode,
+                      struct bench_case cases[CASES_MAX], struct status *status) {
+    uint32_t batches[CASES_MAX];
+    size_t count = list->count ? list->count : sizeof cpu_batches / sizeof *cpu_batches;
+    if (count > CASES_MAX)
+        return status_set(status, STATUS_INVALID_ARGUMENT, "--batch: %zu numbers, at most %d are allowed", count,
+                          CASES_MAX);
+    for (size_t i = 0; i < count; i++) {
+        char *end = "";
+        unsigned long value = list->count ? strtoul(list->items[i], &end, 10) : cpu_batches[i];
+        if (*end != '\0' || value == 0 || value > BATCH_MAX)
+            return status_set(status, STATUS_INVALID_ARGUMENT, "--batch: \"%s\", allowed are numbers from 1 to %d",
+                              list->items[i], BATCH_MAX);
         batches[i] = (uint32_t)value;
-        *count = (uint32_t)i + 1;
     }
+    for (size_t i = 0; i < count; i++) {
+        uint32_t each = prompt ? prompt : bench->step_tokens / batches[i];
+        if (each == 0)
+            return status_set(status, STATUS_INVALID_ARGUMENT,
+                              "--batch: %u sequences, but --prefill has %u tokens for them", batches[i],
+                              bench->step_tokens);
+        cases[i] = (struct bench_case){batches[i], each, decode};
+    }
+    bench->cases = cases;
+    bench->case_count = (uint32_t)count;
     return 0;
 }
 
 int main(int argc, char **argv) {
     struct status status = {0};
-    uint32_t batches[BATCHES_MAX] = {1, 2, 4, 8, 16};
-    struct bench_options bench = {.format = "", .model = "", .repack = "auto", .batches = batches, .batch_count = 5};
-    const char *isa = "auto";
-    static const char *const isas[] = {"auto", "c", "avx2", "avx512", NULL}, *const repacks[] = {"auto", "on", "off", NULL};
+    struct bench_case cases[CASES_MAX];
+    struct bench_options bench = {.format = "", .model = "", .repack = "auto"};
+    const char *isa = "auto", *backend = "cpu";
+    static const char *const isas[] = {"auto", "c", "avx2", "avx512", NULL}, *const repacks[] = {"auto", "on", "off", NULL},
+                      *const backends[] = {"auto", "cpu", "cuda", NULL};
     struct option_list batch = {0};
-    uint64_t threads = 0, prefill = 256, decode = 32;
+    uint64_t threads = 0, device = 0, prompt = 0, prefill = 0, decode = 0;
     bool kernels = false;
     const struct option options[] = {
-        {"kernels", OPTION_FLAG, &kernels, NULL, "Measure the matrix products of all formats; the default without --model.",
-         .min = 0},
+        {"kernels", OPTION_FLAG, &kernels, NULL,
+         "Measure the matrix products of all formats on the CPU; the default without --model.", .min = 0},
         {"format", OPTION_STRING, &bench.format, "NAME", "Only the products of this format, such as Q4_K.", .min = 0},
-        {"model", OPTION_STRING, &bench.model, "FILE", "Measure the executor on this GGUF file (see moed-synth).", .min = 0},
-        {"batch", OPTION_LIST, &batch, "N", "Numbers of sequences (1,2,4,8,16).", .min = 0},
-        {"prefill", OPTION_UINT, &prefill, "N", "Tokens of a prefill step, shared out among the sequences.", .min = 1,
-         .max = 65536},
-        {"decode", OPTION_UINT, &decode, "N", "Steps after the prefill.", .min = 1, .max = 65536},
-        {"repack", OPTION_CHOICE, &bench.repack, "WHEN", "Whether the executor repacks the weights.", .choices = repacks},
+        {"model", OPTION_STRING, &bench.model, "FILE", "Measure an executor on this GGUF file (see moed-synth).",
+         .min = 0},
+        {"backend", OPTION_CHOICE, &backend, "NAME", "Which executor.", .choices = backends},
+        {"device", OPTION_UINT, &device, "N", "Which GPU.", .max = 1023},
+        {"batch", OPTION_LIST, &batch, "N",
+         "Numbers of sequences (cpu: 1,2,4,8,16; cuda: those of llama-bench and llama-batched-bench).", .min = 0},
+        {"prompt", OPTION_UINT, &prompt, "N", "Tokens of each prompt; 0: all prompts together fill a step.",
+         .max = 1 << 20},
+        {"prefill", OPTION_UINT, &prefill, "N", "Most rows of a step (cpu: 256; cuda: 4096).", .max = 65536},
+        {"decode", OPTION_UINT, &decode, "N", "Steps after the prompts (cpu: 32; cuda: 128).", .max = 65536},
+        {"repack", OPTION_CHOICE, &bench.repack, "WHEN", "Whether the CPU executor repacks the weights.",
+         .choices = repacks},
         {"threads", OPTION_UINT, &threads, "N", "Threads; 0: one per processor.", .max = 1024},
         {"isa", OPTION_CHOICE, &isa, "NAME", "Instruction set.", .choices = isas},
         {"json", OPTION_FLAG, &bench.json, NULL, "One JSON object instead of tables.", .min = 0},
@@ -70,7 +101,7 @@ int main(int argc, char **argv) {
     const struct option_set set = {
         .program = "moed-bench",
         .synopsis = "[OPTION]...",
-        .summary = "Measures the CPU kernels and the executor beside the machine's memory bandwidth and int8 rate.",
+        .summary = "Measures kernels and executors beside what the machine's memory and arithmetic can do.",
         .options = options,
     };
     int operands, parsed = options_parse(&set, argc, argv, &operands, &status);
@@ -78,12 +109,20 @@ int main(int argc, char **argv) {
         return EXIT_SUCCESS;
     if (parsed == OPTIONS_RUN && operands != 0)
         parsed = status_set(&status, STATUS_INVALID_ARGUMENT, "unexpected operand %s", argv[1]);
-    if (parsed == OPTIONS_RUN)
-        parsed = parse_batches(&batch, batches, &bench.batch_count, &status);
+    if (parsed == OPTIONS_RUN && !(bench.backend = backend_find(backend, &status)))
+        parsed = -1;
+    if (parsed == OPTIONS_RUN) {
+        bool on_cpu = bench.backend == &executor_cpu;
+        bench.step_tokens = prefill ? (uint32_t)prefill : on_cpu ? 256 : 4096;
+        bench.cases = gpu_cases;
+        bench.case_count = sizeof gpu_cases / sizeof *gpu_cases;
+        if (on_cpu || batch.count)
+            parsed = make_cases(&batch, &bench, (uint32_t)prompt, decode ? (uint32_t)decode : on_cpu ? 32 : 128, cases,
+                                &status);
+    }
     if (parsed == OPTIONS_RUN) {
         bench.threads = (uint32_t)threads;
-        bench.prefill = (uint32_t)prefill;
-        bench.decode = (uint32_t)decode;
+        bench.device = (uint32_t)device;
         cpu_isa_parse(isa, &bench.isa);
         bench.isa = cpu_kernels_select(bench.isa)->isa;
         parsed = run(&bench, kernels || *bench.model == '\0', &status);

@@ -7,9 +7,9 @@
 #include "worker/executor.h"
 
 /*
- * The executor on a model: a batch of sequences, all of random tokens, prefilled in one step and then decoded. What a
- * decode step has to read: all matrices but the experts' once, each expert that some row chose once, and the keys and
- * values of the rows' contexts.
+ * An executor on a model: a batch of sequences, all of random tokens, prefilled and then decoded. What a decode step has
+ * to read: all matrices but the experts' once, each expert that some row chose once, and the keys and values of the
+ * rows' contexts.
  */
 enum { RUNS = 5 };
 
@@ -17,10 +17,9 @@ struct runner {
     struct model *model;
     struct executor *executor;
     uint64_t random;
-    uint32_t prompt, decode; /* of each sequence: tokens of its prompt, and steps after it */
-    uint32_t batch;
+    struct bench_case now;
     uint32_t *tokens;        /* of a step */
-    uint32_t *history;       /* [prompt + decode], of all sequences: without penalties only its length matters */
+    uint32_t *history;       /* of all sequences: without penalties only its length matters */
     uint32_t *blocks;        /* [batch][blocks_each] */
     uint32_t blocks_each;
     bool *chosen;            /* [experts] */
@@ -62,26 +61,27 @@ static uint32_t random_token(struct runner *runner) {
     return (uint32_t)((runner->random >> 33) % runner->model->config.vocab_size);
 }
 
-/* One step of `rows` rows for each sequence. Returns its seconds, or -1. */
-static double step(struct runner *runner, uint32_t position, uint32_t rows, struct batch_result *result,
+/* One step of `rows` rows for each sequence, with an output for each one's last row. Returns its seconds, or -1. */
+static double step(struct runner *runner, uint32_t position, uint32_t rows, bool outputs, struct batch_result *result,
                    struct status *status) {
     static const struct sampling greedy;
-    for (uint32_t s = 0; s < runner->batch; s++) {
+    const uint32_t count = runner->now.batch;
+    for (uint32_t s = 0; s < count; s++) {
         runner->sequences[s] = (struct batch_sequence){
             .slot = s, .position = position, .rows = rows,
-            .blocks = runner->blocks + s * runner->blocks_each, .block_count = runner->blocks_each,
+            .blocks = runner->blocks + (size_t)s * runner->blocks_each, .block_count = runner->blocks_each,
         };
         runner->outputs[s] = (struct batch_output){
             .row = (s + 1) * rows - 1, .sampling = &greedy,
-            .history = runner->history, .history_length = position + rows, .prompt_length = runner->prompt,
+            .history = runner->history, .history_length = position + rows, .prompt_length = runner->now.prompt,
         };
     }
-    for (uint32_t i = 0; i < runner->batch * rows; i++)
+    for (uint32_t i = 0; i < count * rows; i++)
         runner->tokens[i] = random_token(runner);
     const struct batch batch = {
-        .tokens = runner->tokens, .rows = runner->batch * rows,
-        .sequences = runner->sequences, .sequence_count = runner->batch,
-        .outputs = runner->outputs, .output_count = runner->batch,
+        .tokens = runner->tokens, .rows = count * rows,
+        .sequences = runner->sequences, .sequence_count = count,
+        .outputs = runner->outputs, .output_count = outputs ? count : 0,
         .routes = rows == 1,
     };
     uint64_t began = clock_now_ns();
@@ -90,12 +90,28 @@ static double step(struct runner *runner, uint32_t position, uint32_t rows, stru
     return (double)(clock_now_ns() - began) / 1e9;
 }
 
+/* The prompts, in as few steps as they take. Returns the seconds, or -1. */
+static double prefill(struct runner *runner, struct status *status) {
+    const uint32_t most = runner->executor->info.step_tokens / runner->now.batch;
+    struct batch_result result;
+    double seconds = 0;
+    for (uint32_t position = 0; position < runner->now.prompt;) {
+        uint32_t rows = runner->now.prompt - position < most ? runner->now.prompt - position : most;
+        double taken = step(runner, position, rows, position + rows == runner->now.prompt, &result, status);
+        if (taken < 0)
+            return -1;
+        seconds += taken;
+        position += rows;
+    }
+    return seconds;
+}
+
 static double distinct_experts(struct runner *runner, const struct batch_result *result) {
     const struct model_config *config = &runner->model->config;
     uint32_t used = config->expert_used_count, count = 0;
     for (uint32_t layer = 0; layer < config->block_count; layer++) {
         memset(runner->chosen, 0, config->expert_count * sizeof *runner->chosen);
-        for (uint32_t row = 0; row < runner->batch; row++)
+        for (uint32_t row = 0; row < runner->now.batch; row++)
             for (uint32_t u = 0; u < used; u++) {
                 bool *chosen = &runner->chosen[result->route_experts[(row * config->block_count + layer) * used + u]];
                 count += !*chosen;
@@ -107,15 +123,15 @@ static double distinct_experts(struct runner *runner, const struct batch_result 
 
 static int run_once(struct runner *runner, struct figures *figures, struct status *status) {
     struct batch_result result;
-    *figures = (struct figures){.prefill = step(runner, 0, runner->prompt, &result, status)};
+    *figures = (struct figures){.prefill = prefill(runner, status)};
     if (figures->prefill < 0)
         return -1;
-    for (uint32_t i = 0; i < runner->decode; i++) {
-        double seconds = step(runner, runner->prompt + i, 1, &result, status);
+    for (uint32_t i = 0; i < runner->now.decode; i++) {
+        double seconds = step(runner, runner->now.prompt + i, 1, true, &result, status);
         if (seconds < 0)
             return -1;
         figures->decode += seconds;
-        figures->experts += distinct_experts(runner, &result) / runner->decode;
+        figures->experts += distinct_experts(runner, &result) / runner->now.decode;
     }
     return 0;
 }
@@ -125,8 +141,8 @@ static int compare(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* RUNS runs at one batch size: medians. */
-static int run_batch(struct runner *runner, struct figures *median, struct status *status) {
+/* RUNS runs of one case: medians. */
+static int run_case(struct runner *runner, struct figures *median, struct status *status) {
     double prefill[RUNS], decode[RUNS], experts = 0;
     for (int run = 0; run < RUNS; run++) {
         struct figures figures;
@@ -142,57 +158,90 @@ static int run_batch(struct runner *runner, struct figures *median, struct statu
     return 0;
 }
 
-static void print_batch(const struct runner *runner, const struct figures *figures, const struct machine *machine,
-                        bool json, bool first) {
+/* What a run says of the case in hand, against what the machine can do: a multiply_add of 0 is not known. */
+static void print_case(const struct runner *runner, const struct figures *figures, const struct machine *machine,
+                       bool json, bool first) {
     const struct model_config *config = &runner->model->config;
+    const struct bench_case *now = &runner->now;
     struct sizes bytes = model_sizes(runner->model, matrix_bytes), weights = model_sizes(runner->model, matrix_weights);
-    double context = runner->prompt + (runner->decode + 1) / 2.0, batch = runner->batch;
+    double context = now->prompt + (now->decode + 1) / 2.0, batch = now->batch;
     double kv = 4.0 * batch * context * config->block_count * config->head_count_kv * config->head_dim;
     double step_bytes = bytes.shared + bytes.experts * figures->experts + kv;
     double token_weights = weights.shared + weights.experts * config->expert_used_count;
     /* Only the last row of each prompt goes through the head. */
-    double head = matrix_weights(&runner->model->output), rows = batch * runner->prompt;
-    double prefill = rows / figures->prefill, decode = batch * runner->decode / figures->decode;
-    double read = step_bytes * runner->decode / figures->decode;
-    double decode_rate = token_weights * decode;
+    double head = matrix_weights(&runner->model->output), rows = batch * now->prompt;
     double prefill_rate = ((token_weights - head) * rows + head * batch) / figures->prefill;
-    if (json)
-        printf("%s{\"batch\":%u,\"prompt\":%u,\"prefill\":%.5g,\"prefill_multiply_add\":%.4g,\"decode\":%.5g,"
-               "\"decode_multiply_add\":%.4g,\"step_bytes\":%.5g,\"decode_read\":%.4g,\"read\":%.4g,\"experts\":%.4g}",
-               first ? "" : ",", runner->batch, runner->prompt, prefill, prefill_rate, decode, decode_rate, step_bytes,
-               read, machine->read, figures->experts);
-    else
-        printf("%5u | %8.1f tok/s %3.0f %% | %7.1f tok/s %6.1f MB/step %5.1f experts %5.1f GB/s %3.0f %% | %3.0f %%\n",
-               runner->batch, prefill, 100 * prefill_rate / machine->multiply_add, decode, step_bytes / 1e6,
-               figures->experts, read / 1e9, 100 * read / machine->read, 100 * decode_rate / machine->multiply_add);
+    double decode = now->decode ? batch * now->decode / figures->decode : 0;
+    double read = now->decode ? step_bytes * now->decode / figures->decode : 0;
+    if (json) {
+        printf("%s{\"batch\":%u,\"prompt\":%u,\"decode_steps\":%u,\"prefill\":%.5g,\"prefill_multiply_add\":%.4g",
+               first ? "" : ",", now->batch, now->prompt, now->decode, rows / figures->prefill, prefill_rate);
+        if (now->decode)
+            printf(",\"decode\":%.5g,\"decode_multiply_add\":%.4g,\"step_bytes\":%.5g,\"decode_read\":%.4g,"
+                   "\"read\":%.4g,\"experts\":%.4g",
+                   decode, token_weights * decode, step_bytes, read, machine->read, figures->experts);
+        printf("}");
+    } else {
+        printf("%5u %6u | %8.1f tok/s", now->batch, now->prompt, rows / figures->prefill);
+        if (machine->multiply_add > 0)
+            printf(" %3.0f %%", 100 * prefill_rate / machine->multiply_add);
+        else
+            printf(" %5.1f T", 2 * prefill_rate / 1e12);
+        if (now->decode)
+            printf(" | %7.1f tok/s %8.1f MB/step %5.1f experts %6.1f GB/s %3.0f %%", decode, step_bytes / 1e6,
+                   figures->experts, read / 1e9, 100 * read / machine->read);
+        printf("\n");
+    }
     fflush(stdout);
 }
 
-static int open_runner(struct runner *runner, const struct bench_options *options, uint32_t most, struct status *status) {
-    uint32_t context = options->prefill + options->decode;
-    const struct executor_options executor = {
-        .threads = options->threads, .max_sequences = most, .step_tokens = options->prefill, .context_length = context,
-        .memory_fraction = 0.95, .isa = cpu_kernels_select(options->isa)->name, .repack = options->repack,
-    };
+/* Room for the largest of the cases. */
+static int open_runner(struct runner *runner, const struct bench_options *options, struct status *status) {
+    uint32_t most = 1, context = 1, rows = options->step_tokens;
+    uint64_t positions = 0;
+    for (uint32_t i = 0; i < options->case_count; i++) {
+        const struct bench_case *each = &options->cases[i];
+        uint64_t length = (uint64_t)each->prompt + each->decode;
+        most = each->batch > most ? each->batch : most;
+        context = length > context ? (uint32_t)length : context;
+        positions = each->batch * (length + 64) > positions ? each->batch * (length + 64) : positions;
+    }
+    rows = most > rows ? most : rows;
     if (model_open(options->model, &runner->model, status) < 0)
         return -1;
-    if (executor_cpu.open(runner->model, &executor, &runner->executor, status) < 0)
+    const struct model_config *config = &runner->model->config;
+    const struct executor_options executor = {
+        .device = options->device, .threads = options->threads, .max_sequences = most, .step_tokens = rows,
+        .context_length = context, .memory_fraction = 0.95, .isa = cpu_kernels_select(options->isa)->name,
+        .repack = options->repack,
+        .kv_bytes = 4 * positions * config->block_count * config->head_count_kv * config->head_dim,
+    };
+    if (options->backend->open(runner->model, &executor, &runner->executor, status) < 0)
         return -1;
     const struct executor_info *info = &runner->executor->info;
-    runner->blocks_each = (context + info->kv_block_tokens - 1) / info->kv_block_tokens;
-    if ((uint64_t)most * runner->blocks_each > info->kv_blocks)
-        return status_set(status, STATUS_RESOURCE_EXHAUSTED, "%u sequences of %u tokens take %u KV blocks, there are %u",
-                          most, context, most * runner->blocks_each, info->kv_blocks);
-    runner->tokens = calloc(options->prefill, sizeof *runner->tokens);
+    runner->tokens = calloc(rows, sizeof *runner->tokens);
     runner->history = calloc(context, sizeof *runner->history);
-    runner->blocks = calloc((size_t)most * runner->blocks_each, sizeof *runner->blocks);
-    runner->chosen = calloc(runner->model->config.expert_count, sizeof *runner->chosen);
+    runner->blocks = calloc(info->kv_blocks, sizeof *runner->blocks);
+    runner->chosen = calloc(config->expert_count, sizeof *runner->chosen);
     runner->sequences = calloc(most, sizeof *runner->sequences);
     runner->outputs = calloc(most, sizeof *runner->outputs);
     if (!runner->tokens || !runner->history || !runner->blocks || !runner->chosen || !runner->sequences || !runner->outputs)
         return status_set(status, STATUS_RESOURCE_EXHAUSTED, "no memory for %u sequences", most);
-    for (uint32_t i = 0; i < most * runner->blocks_each; i++)
+    for (uint32_t i = 0; i < info->kv_blocks; i++)
         runner->blocks[i] = i;
+    return 0;
+}
+
+/* Takes up a case: every sequence gets blocks of its own. */
+static int begin_case(struct runner *runner, const struct bench_case *now, struct status *status) {
+    const struct executor_info *info = &runner->executor->info;
+    runner->now = *now;
+    runner->blocks_each = (now->prompt + now->decode + info->kv_block_tokens - 1) / info->kv_block_tokens;
+    if ((uint64_t)now->batch * runner->blocks_each > info->kv_blocks || now->batch > info->max_outputs)
+        return status_set(status, STATUS_RESOURCE_EXHAUSTED,
+                          "%u sequences of %u tokens take %llu KV blocks, there are %u", now->batch,
+                          now->prompt + now->decode, (unsigned long long)now->batch * runner->blocks_each,
+                          info->kv_blocks);
     return 0;
 }
 
@@ -210,29 +259,26 @@ static void close_runner(struct runner *runner) {
 
 int bench_model(const struct bench_options *options, struct thread_pool *pool, const struct machine *machine,
                 struct status *status) {
-    struct runner runner = {.decode = options->decode};
-    uint32_t most = 0;
+    struct runner runner = {0};
+    struct machine now = *machine;
+    bool on_cpu = options->backend == &executor_cpu;
     int result = -1;
-    for (uint32_t i = 0; i < options->batch_count; i++)
-        most = options->batches[i] > most ? options->batches[i] : most;
-    if (most > options->prefill)
-        return status_set(status, STATUS_INVALID_ARGUMENT, "--batch: %u sequences, but --prefill has %u tokens for them",
-                          most, options->prefill);
-    if (open_runner(&runner, options, most, status) < 0)
+    if (!on_cpu && machine_measure_device(options->device, &now, status) < 0)
+        goto out;
+    if (open_runner(&runner, options, status) < 0)
         goto out;
     if (options->json)
-        printf(",\"device\":\"%s\",\"batches\":[", runner.executor->info.device);
+        printf(",\"device\":\"%s\",\"device_read\":%.4g,\"cases\":[", runner.executor->info.device, now.read);
     else
-        printf("\n%s on %s\nbatch | prefill of %u, int8 rate | decode, bytes to read, read rate%*s| int8 rate\n",
-               options->model, runner.executor->info.device, options->prefill, 36, "");
-    for (uint32_t i = 0; i < options->batch_count; i++) {
+        printf("\n%s on %s, memory %.0f GB/s\nbatch prompt | prefill, %s | decode, bytes to read, read rate\n",
+               options->model, runner.executor->info.device, now.read / 1e9,
+               on_cpu ? "of the int8 rate" : "TFLOP/s of it");
+    for (uint32_t i = 0; i < options->case_count; i++) {
         struct figures figures;
-        struct machine now = *machine;
-        runner.batch = options->batches[i];
-        runner.prompt = options->prefill / runner.batch;
-        if (machine_measure_read(pool, &now.read, status) < 0 || run_batch(&runner, &figures, status) < 0)
+        if (begin_case(&runner, &options->cases[i], status) < 0 ||
+            (on_cpu && machine_measure_read(pool, &now.read, status) < 0) || run_case(&runner, &figures, status) < 0)
             goto out;
-        print_batch(&runner, &figures, &now, options->json, i == 0);
+        print_case(&runner, &figures, &now, options->json, i == 0);
     }
     if (options->json)
         printf("]");

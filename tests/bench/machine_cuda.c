@@ -1,0 +1,46 @@
+#include "config.h"
+
+#include "tests/bench/machine.h"
+
+#ifdef WITH_CUDA
+#include <cuda_runtime_api.h>
+
+enum { RUNS = 10 };
+static const size_t bytes = (size_t)1 << 30; /* much more than the caches */
+
+int machine_measure_device(uint32_t device, struct machine *machine, struct status *status) {
+    void *from = NULL, *to = NULL;
+    cudaEvent_t began = NULL, ended = NULL;
+    double best = 0;
+    cudaError_t error = cudaSetDevice((int)device);
+    error = error ? error : cudaMalloc(&from, bytes);
+    error = error ? error : cudaMalloc(&to, bytes);
+    error = error ? error : cudaMemset(from, 1, bytes);
+    error = error ? error : cudaEventCreate(&began);
+    error = error ? error : cudaEventCreate(&ended);
+    for (int run = 0; run < RUNS && error == cudaSuccess; run++) {
+        float ms = 0;
+        error = cudaEventRecord(began, NULL);
+        error = error ? error : cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, NULL);
+        error = error ? error : cudaEventRecord(ended, NULL);
+        error = error ? error : cudaEventSynchronize(ended);
+        error = error ? error : cudaEventElapsedTime(&ms, began, ended);
+        double rate = ms > 0 ? 2.0 * (double)bytes / (ms / 1e3) : 0;
+        best = rate > best ? rate : best;
+    }
+    if (began)
+        cudaEventDestroy(began);
+    if (ended)
+        cudaEventDestroy(ended);
+    cudaFree(from);
+    cudaFree(to);
+    *machine = (struct machine){.read = best};
+    return error == cudaSuccess
+               ? 0
+               : status_set(status, STATUS_FAILED_PRECONDITION, "device %u: %s", device, cudaGetErrorString(error));
+}
+#else
+int machine_measure_device(uint32_t device, struct machine *machine, struct status *status) {
+    return status_set(status, STATUS_FAILED_PRECONDITION, "device %u: this build has no CUDA", device);
+}
+#endif
