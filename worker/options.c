@@ -14,7 +14,6 @@ int worker_options_parse(int argc, char **argv, struct worker_options *out, stru
     *out = (struct worker_options){
         .backend = "auto",
         .max_sequences = 16,
-        .step_tokens = 512,
         .memory_fraction = 0.95,
         .isa = "auto",
         .repack = "auto",
@@ -41,9 +40,10 @@ int worker_options_parse(int argc, char **argv, struct worker_options *out, stru
         {.name = "max-sequences", .type = OPTION_UINT, .value = &out->max_sequences, .argument = "N", .min = 1,
          .max = 4096,
          .help = "Sequences that run at once; others wait."},
-        {.name = "step-tokens", .type = OPTION_UINT, .value = &out->step_tokens, .argument = "N", .min = 1,
+        {.name = "step-tokens", .type = OPTION_UINT, .value = &out->step_tokens, .argument = "N",
          .max = 65536,
-         .help = "Rows of one step: a token of each sequence that generates, the rest for prompts."},
+         .help = "Rows of one step: a token of each sequence that generates, the rest for prompts. More make prompts "
+                 "faster, and streams wait longer for a token beside them; 0: 128 on CPUs, 2048 on GPUs."},
         {.name = "context-length", .type = OPTION_UINT, .value = &out->context_length, .argument = "N",
          .max = UINT32_MAX,
          .help = "Tokens of the longest sequence; 0: as many as the model and the KV cache allow."},
