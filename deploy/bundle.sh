@@ -1,10 +1,14 @@
 #!/bin/sh
 # bundle.sh DIR PROGRAM...: makes DIR a tree that runs on any machine with the same or a newer glibc, wherever it is
 # put: the programs in bin/, and in lib/ every shared library they need but those of glibc and of the GPU's driver,
-# which belong to the machine. The programs find lib/ relative to themselves. Needs patchelf.
+# which belong to the machine. The programs find lib/ relative to themselves.
 set -eu
 dir=$1
 shift
+if ! command -v patchelf >/dev/null; then
+    echo "bundle.sh: patchelf is missing: deploy/dependencies.sh bundle installs it" >&2
+    exit 1
+fi
 
 # Of the machine: the kernel's, glibc's, the driver's.
 is_of_the_machine() {

@@ -1,21 +1,23 @@
 #!/bin/bash
-# Usage: deploy/dependencies.sh [build] [test]
+# Usage: deploy/dependencies.sh [build] [test] [bundle]
 #
-# Installs the Debian packages (12, and its kin) that moed needs to be built and to be tested: the one list of them.
+# Installs the Debian packages (12, and its kin) that moed needs to be built, tested and bundled: the one list of them.
 # What each is for stands in CONTRIBUTING.md. Does nothing where they are all there.
 set -euo pipefail
 
 build=(gcc libc6-dev make autoconf automake pkg-config
        libgrpc-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libprotobuf-dev grpc-proto libzmq3-dev)
 test=(libcmocka-dev python3-numpy openssl)
+bundle=(patchelf)
 
 packages=()
 for group in "${@:-build}"; do
     case $group in
     build) packages+=("${build[@]}") ;;
     test) packages+=("${test[@]}") ;;
+    bundle) packages+=("${bundle[@]}") ;;
     *)
-        echo "dependencies.sh: no group of packages '$group': build or test is expected" >&2
+        echo "dependencies.sh: no group of packages '$group': build, test or bundle is expected" >&2
         exit 2
         ;;
     esac
