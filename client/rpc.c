@@ -280,7 +280,8 @@ struct rpc_queue *rpc_queue_create(void) {
 }
 
 void rpc_queue_next(struct rpc_queue *queue, uint64_t timeout_ns, struct rpc_event *event) {
-    gpr_timespec deadline = time_after(timeout_ns);
+    /* C-core rounds up to milliseconds, also a deadline of just now. */
+    gpr_timespec deadline = timeout_ns ? time_after(timeout_ns) : gpr_inf_past(GPR_CLOCK_MONOTONIC);
     for (;;) {
         grpc_event completion = grpc_completion_queue_next(queue->queue, deadline, NULL);
         if (completion.type != GRPC_OP_COMPLETE) {

@@ -76,7 +76,7 @@ struct rpc_event {
     struct status status;
 };
 
-/* Waits for the next event of any of the queue's calls. */
+/* Waits for the next event of any of the queue's calls, to a millisecond or two; 0: takes one that is there. */
 void rpc_queue_next(struct rpc_queue *queue, uint64_t timeout_ns, struct rpc_event *event);
 
 void rpc_message_free(ProtobufCMessage *message); /* NULL-safe */
