@@ -6,7 +6,8 @@
 set -euo pipefail
 
 build=(gcc libc6-dev make autoconf automake pkg-config
-       libgrpc-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libprotobuf-dev grpc-proto libzmq3-dev)
+       libgrpc-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libprotobuf-dev grpc-proto libzmq3-dev
+       libjansson-dev)
 test=(libcmocka-dev python3-numpy openssl)
 bundle=(patchelf)
 
