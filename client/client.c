@@ -19,6 +19,10 @@ static void on_interrupt(int signal) {
     interrupted = 1;
 }
 
+bool client_interrupted(void) {
+    return interrupted;
+}
+
 int client_error(int exit_status, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
@@ -121,8 +125,12 @@ void client_close(struct client *client) {
     rpc_shutdown();
 }
 
+uint64_t client_timeout_ns(const struct client *client) {
+    return client->timeout > 0 ? seconds_to_ns(client->timeout) : RPC_FOREVER;
+}
+
 struct rpc_call *client_start(struct client *client, const struct rpc_method *method, const ProtobufCMessage *request) {
-    struct rpc_options options = {.timeout_ns = client->timeout > 0 ? seconds_to_ns(client->timeout) : RPC_FOREVER};
+    struct rpc_options options = {.timeout_ns = client_timeout_ns(client)};
     return rpc_call_start(client->channel, client->queue, method, request, &options);
 }
 

@@ -13,6 +13,7 @@
 enum {
     EXIT_LOCAL = 1, /* a file, or standard output */
     EXIT_USAGE = 2,
+    EXIT_REQUESTS = 3, /* requests of a load failed */
     EXIT_RPC = 10, /* and the gRPC status code: 11 to 26 */
     EXIT_INTERRUPTED = 130,
 };
@@ -33,11 +34,11 @@ struct client {
     {.name = "target", .type = OPTION_STRING, .value = &(client)->target.address, .argument = "ADDR:PORT", \
      .help = "The gateway."}, \
     {.name = "timeout", .type = OPTION_REAL, .value = &(client)->timeout, .argument = "SECONDS", \
-     .help = "Deadline of the call; 0: none.", .real_min = 0, .real_max = 1e9}, \
+     .help = "Deadline of a call; 0: none.", .real_min = 0, .real_max = 1e9}, \
     {.name = "wait-ready", .type = OPTION_REAL, .value = &(client)->wait_ready, .argument = "SECONDS", \
      .help = "Wait so long for the service to be ready before calling it.", .real_min = 0, .real_max = 1e9}, \
     {.name = "json", .type = OPTION_FLAG, .value = &(client)->json, \
-     .help = "Print one JSON object a message, in one line."}, \
+     .help = "Print JSON: one object in one line for each message, or for the report."}, \
     {.name = "tls", .type = OPTION_FLAG, .value = &(client)->target.tls, \
      .help = "Use TLS, also without the options below."}, \
     {.name = "tls-ca", .type = OPTION_STRING, .value = &(client)->target.ca_file, .argument = "FILE", \
@@ -52,6 +53,7 @@ int command_generate(int argc, char **argv);
 int command_forward(int argc, char **argv);
 int command_model(int argc, char **argv);
 int command_workers(int argc, char **argv);
+int command_load(int argc, char **argv);
 
 /* Parses a command's options. True: *exit_status is all there is left to do. */
 bool client_parse(const struct option_set *set, int argc, char **argv, int *operands, int *exit_status);
@@ -68,6 +70,10 @@ int client_rpc_error(const struct status *status);
 int client_open(struct client *client);
 void client_close(struct client *client);
 
+/* True since a SIGINT. */
+bool client_interrupted(void);
+/* As a time-out of calls: RPC_FOREVER for 0. */
+uint64_t client_timeout_ns(const struct client *client);
 struct rpc_call *client_start(struct client *client, const struct rpc_method *method, const ProtobufCMessage *request);
 /* The next message or end of the call. 0 or EXIT_INTERRUPTED. */
 int client_next(struct client *client, struct rpc_event *event);

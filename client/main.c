@@ -13,6 +13,7 @@ static const struct command {
     {"forward", "run the forward pass and print logits", command_forward},
     {"model", "tell which model is served", command_model},
     {"workers", "list the workers and their load", command_workers},
+    {"load", "send many requests and measure the answers", command_load},
 };
 
 static void print_help(void) {
@@ -21,7 +22,8 @@ static void print_help(void) {
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
         printf("  %-10s %s\n", commands[i].name, commands[i].summary);
     puts("\nmoed-client COMMAND --help tells a command's options.\n"
-         "Exit status: 0, 1 for a local error, 2 for wrong usage, 10 + the gRPC status code, 130 when interrupted.");
+         "Exit status: 0, 1 for a local error, 2 for wrong usage, 3 when requests of a load failed, 10 + the gRPC\n"
+         "status code, 130 when interrupted.");
 }
 
 int main(int argc, char **argv) {
