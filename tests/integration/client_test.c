@@ -1,10 +1,12 @@
 #include <fcntl.h>
+#include <jansson.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "common/clock.h"
 #include "tests/integration/service.h"
 
 /* moed-client as scripts and people see it: what it prints, and its exit statuses. */
@@ -182,6 +184,19 @@ static void wrong_usage(void **state) {
         {{"generate", "--file=prompt.txt", "1", NULL}, "both as operands and from --file"},
         {{"forward", "1;;2", NULL}, "operands:1:3: ';' without a token id"},
         {{"forward", "--timeout=-1", "1", NULL}, "option --timeout"},
+        {{"load", "1", NULL}, "operand '1' where none is taken"},
+        {{"load", "--concurrency=2M", NULL}, "option --concurrency"},
+        {{"load", "--concurrency=4", "--rate=4"}, "only one is taken"},
+        {{"load", "--rate=1e-9", NULL}, "--rate: 1e-09; 0, or 1e-06 to 1e+06, is allowed"},
+        {{"load", "--sweep=1,2", "--rate-sweep=1"}, "only one is taken"},
+        {{"load", "--sweep=1,2.5", NULL}, "option --sweep: \"2.5\" is not a whole number from 1"},
+        {{"load", "--rate-sweep=0", NULL}, "option --rate-sweep: \"0\" is not a number"},
+        {{"load", "--rate-sweep=1,nan", NULL}, "option --rate-sweep: \"nan\" is not a number"},
+        {{"load", "--arrivals=uniform", NULL}, "option --arrivals"},
+        {{"load", "--prompt-tokens=9:8", NULL}, "option --prompt-tokens: \"9:8\" is not N, MIN:MAX"},
+        {{"load", "--output-tokens=0", NULL}, "option --output-tokens: \"0\" is not N, MIN:MAX"},
+        {{"load", "--trace=t", "--rate=1"}, "--trace has its own arrivals"},
+        {{"load", "--plot=p.svg", "--rate=1"}, "--plot draws a --sweep"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const char *const *arguments = cases[i].arguments;
@@ -249,6 +264,192 @@ static void interrupt_cancels_the_call(void **state) {
     fail_msg("20 streams ended before the interrupt");
 }
 
+/* ---- load */
+
+static json_t *read_json(const char *path) {
+    json_error_t error;
+    json_t *report = json_load_file(path, JSON_REJECT_DUPLICATES, &error);
+    if (!report)
+        fail_msg("%s: %s", path, error.text);
+    return report;
+}
+
+static json_int_t whole(const json_t *object, const char *name) {
+    const json_t *value = json_object_get(object, name);
+    if (!json_is_integer(value))
+        fail_msg("%s is no whole number", name);
+    return json_integer_value(value);
+}
+
+static json_int_t samples(const json_t *run, const char *name) {
+    return whole(json_object_get(json_object_get(run, "latency"), name), "count");
+}
+
+static size_t count_lines(const char *path) {
+    char *text = read_file(path, NULL);
+    size_t lines = 0;
+    for (const char *c = text; *c; c++)
+        lines += *c == '\n';
+    free(text);
+    return lines;
+}
+
+static void load_counts_what_it_sent(void **state) {
+    struct service *service = *state;
+    assert_int_equal(run(service, "load", "--json", "--concurrency=4", "--requests=12", "--warmup=3", "--connections=2",
+                         "--prompt-tokens=10", "--output-tokens=5", "--slo-ttft=1000000", "--csv=load.csv", NULL),
+                     0);
+    assert_file("client.log", "");
+    json_t *report = read_json("client.out"), *result = json_array_get(json_object_get(report, "runs"), 0);
+    assert_int_equal(whole(result, "succeeded"), 12);
+    assert_int_equal(whole(result, "failed"), 0);
+    assert_int_equal(whole(result, "warmup"), 3);
+    assert_int_equal(samples(result, "ttft_ms"), 12);
+    assert_int_equal(samples(result, "e2e_ms"), 12);
+    const json_t *tokens = json_object_get(result, "tokens");
+    assert_int_equal(whole(tokens, "in"), 120);
+    assert_int_equal(whole(tokens, "out"), 60);
+    assert_int_equal(samples(result, "itl_ms"), whole(tokens, "messages") - 12);
+    assert_int_equal(whole(json_object_get(result, "goodput"), "requests"), 12);
+    json_decref(report);
+    assert_int_equal(count_lines("load.csv"), 1 + 15);
+    service_wait_idle(service);
+}
+
+static void load_keeps_a_rate(void **state) {
+    struct service *service = *state;
+    uint64_t begin = clock_now_ns();
+    assert_int_equal(run(service, "load", "--json", "--rate=20", "--arrivals=constant", "--duration=1",
+                         "--prompt-tokens=2:6", "--output-tokens=1", NULL),
+                     0);
+    assert_true(clock_now_ns() - begin > UINT64_C(950000000));
+    json_t *report = read_json("client.out"), *result = json_array_get(json_object_get(report, "runs"), 0);
+    assert_int_equal(whole(result, "succeeded"), 20);
+    assert_int_equal(samples(result, "late_starts_ms"), 20);
+    json_decref(report);
+}
+
+/* One at a time, all due at once: the last one's latency is that of all together, though it was started late. */
+static void load_hides_no_queue(void **state) {
+    struct service *service = *state;
+    assert_int_equal(run(service, "load", "--json", "--rate=1000000", "--arrivals=constant", "--requests=8",
+                         "--max-in-flight=1", "--output-tokens=20", "--prompt-tokens=4", NULL),
+                     0);
+    json_t *report = read_json("client.out"), *result = json_array_get(json_object_get(report, "runs"), 0);
+    double slowest_s = json_real_value(json_object_get(
+                           json_object_get(json_object_get(result, "latency"), "e2e_ms"), "max")) / 1e3;
+    double all_s = json_real_value(json_object_get(result, "seconds"));
+    assert_int_equal(whole(result, "succeeded"), 8);
+    assert_true(slowest_s > 0.95 * all_s && slowest_s <= all_s);
+    json_decref(report);
+}
+
+static void load_replays_a_trace(void **state) {
+    struct service *service = *state;
+    write_text("trace.jsonl", "{\"arrival\": 5, \"prompt_tokens\": 3, \"output_tokens\": 2}\n"
+                              "{\"arrival\": 5.3, \"prompt_tokens\": 7, \"output_tokens\": 4, \"shared_prefix\": 7}\n");
+    assert_int_equal(run(service, "load", "--json", "--trace=trace.jsonl", NULL), 0);
+    json_t *report = read_json("client.out"), *result = json_array_get(json_object_get(report, "runs"), 0);
+    assert_int_equal(whole(result, "succeeded"), 2);
+    assert_int_equal(whole(json_object_get(result, "tokens"), "in"), 10);
+    assert_int_equal(whole(json_object_get(result, "tokens"), "out"), 6);
+    assert_true(json_real_value(json_object_get(result, "seconds")) > 0.3);
+    json_decref(report);
+
+    write_text("trace.jsonl", "{\"arrival\": 5, \"prompt_tokens\": 3, \"output_tokens\": 2}\n{\"arrival\": \"6\"}\n");
+    assert_int_equal(run(service, "load", "--trace=trace.jsonl", NULL), 1);
+    assert_in_file("client.log", "trace.jsonl:2: arrival: \"6\"; a number of seconds from 5");
+    write_text("trace.jsonl", "{\"arrival\": 5, \"prompt_tokens\": 250, \"output_tokens\": 7}\n");
+    assert_int_equal(run(service, "load", "--trace=trace.jsonl", NULL), 2);
+    assert_in_file("client.log", "trace.jsonl:1: prompt_tokens and output_tokens: 250 and 7; the model's context "
+                                 "holds 256");
+    assert_int_equal(run(service, "load", "--trace=trace.jsonl", "--warmup=1", NULL), 2);
+    assert_in_file("client.log", "--warmup: 1 requests, but trace.jsonl has only 1");
+}
+
+static void load_sweeps_and_plots(void **state) {
+    struct service *service = *state;
+    assert_int_equal(run(service, "load", "--sweep=1,2,4", "--requests=6", "--prompt-tokens=4", "--output-tokens=3",
+                         "--plot=sweep.svg", NULL),
+                     0);
+    assert_in_file("client.out", "\n        1        6       0  ");
+    assert_in_file("client.out", "\n        4        6       0  ");
+    assert_int_equal(count_lines("client.out"), 5);
+    assert_in_file("sweep.svg", ">time to first token, ms</text>");
+    assert_in_file("sweep.svg", "</svg>\n");
+}
+
+static void load_tells_failures(void **state) {
+    struct service *service = *state;
+    assert_int_equal(run(service, "load", "--requests=4", "--timeout=0.000001", "--json", NULL),
+                     10 + STATUS_DEADLINE_EXCEEDED); /* of the model's description, which comes first */
+    assert_int_equal(run(service, "load", "--csv=/nonexistent/csv", NULL), 1);
+    assert_file("client.log", "moed-client: /nonexistent/csv: No such file or directory\n");
+    assert_int_equal(run(service, "load", "--csv=/dev/full", "--requests=1", NULL), 1);
+    assert_in_file("client.log", "/dev/full: cannot be written");
+    assert_int_equal(run(service, "load", "--output-tokens=200", NULL), 2);
+    assert_in_file("client.log", "up to 128 and 200; the model's context holds 256 together");
+
+    /* A gateway without a worker: all requests fail, and the report says how. */
+    struct service lonely;
+    service_start(&lonely, "ipc://lonely.sock");
+    assert_int_equal(run(&lonely, "load", NULL), 10 + STATUS_UNAVAILABLE);
+    process_signal(lonely.gateway, SIGKILL);
+    process_finish(lonely.gateway);
+    assert_int_equal(run(&lonely, "load", NULL), 10 + STATUS_UNAVAILABLE);
+    assert_in_file("client.log", "moed-client: UNAVAILABLE: ");
+    service_close(&lonely);
+}
+
+/* Until a worker runs something. */
+static void wait_busy(struct service *service) {
+    uint64_t deadline = deadline_after(PATIENCE_S);
+    for (bool busy = false; !busy;) {
+        Moed__V1__ListWorkersResponse *workers = service_workers(service);
+        for (size_t i = 0; i < workers->n_workers; i++)
+            busy = busy || workers->workers[i]->running;
+        rpc_message_free(&workers->base);
+        if (!busy)
+            pause_until(deadline, "a request to run");
+    }
+}
+
+static void load_outlives_its_server(void **state) {
+    struct service service;
+    service_start(&service, "ipc://brief.sock");
+    const char *const worker[] = {"moed-worker", "--model", MODEL_FILE, "--gateway", "ipc://brief.sock",
+                                  "--backend=cpu", "--threads=1", NULL};
+    struct process *brief = process_start("brief", worker);
+    service_wait_workers(&service, 1);
+    const char *const argv[] = {"moed-client", "load", "--target", service.address, "--requests=500",
+                                "--concurrency=4", "--output-tokens=100", NULL};
+    struct process *client = process_start("outlives", argv);
+    wait_busy(&service);
+    process_signal(service.gateway, SIGKILL);
+    process_finish(service.gateway);
+    assert_int_equal(process_finish(client), 3);
+    assert_in_file("outlives.out", " x UNAVAILABLE\n");
+    process_signal(brief, SIGTERM);
+    process_finish(brief);
+    service_close(&service);
+}
+
+static void load_ends_at_an_interrupt(void **state) {
+    struct service *service = *state;
+    const char *const argv[] = {"moed-client", "load", "--target", service->address, "--duration=300",
+                                "--concurrency=3", "--csv=cut.csv", "--output-tokens=100", "--json", NULL};
+    struct process *client = process_start("cut", argv);
+    wait_busy(service);
+    process_signal(client, SIGINT);
+    assert_int_equal(process_finish(client), 130);
+    json_t *report = read_json("cut.out"), *result = json_array_get(json_object_get(report, "runs"), 0);
+    assert_true(json_is_true(json_object_get(report, "interrupted")));
+    assert_int_equal(whole(result, "failed"), 0);
+    assert_int_equal(count_lines("cut.csv"), 1 + whole(result, "succeeded") + whole(result, "unfinished"));
+    json_decref(report);
+    service_wait_idle(service);
+}
+
 static void full_standard_output(void **state) {
     struct service *service = *state;
     char command[512];
@@ -274,6 +475,14 @@ int main(void) {
         cmocka_unit_test(local_errors),
         cmocka_unit_test(failing_calls),
         cmocka_unit_test(interrupt_cancels_the_call),
+        cmocka_unit_test(load_counts_what_it_sent),
+        cmocka_unit_test(load_keeps_a_rate),
+        cmocka_unit_test(load_hides_no_queue),
+        cmocka_unit_test(load_replays_a_trace),
+        cmocka_unit_test(load_sweeps_and_plots),
+        cmocka_unit_test(load_tells_failures),
+        cmocka_unit_test(load_outlives_its_server),
+        cmocka_unit_test(load_ends_at_an_interrupt),
         cmocka_unit_test(full_standard_output),
     };
     return cmocka_run_group_tests(tests, service_setup, service_teardown);
