@@ -9,6 +9,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "common/utf8.h"
+
 /*
  * A line is built in a buffer on the stack. LINE_TAIL bytes are kept free for what must still follow when it was cut:
  * a closing quote, the field that says so, a closing brace and the newline.
@@ -51,20 +53,6 @@ static void line_add_tail(struct line *line, const char *text) {
     size_t length = strlen(text);
     memcpy(line->bytes + line->length, text, length);
     line->length += length;
-}
-
-/* The length of the UTF-8 sequence at s, or 0 (RFC 3629: no overlong forms, surrogates, code points past U+10FFFF). */
-static size_t utf8_length(const unsigned char *s) {
-    if (s[0] < 0x80)
-        return 1;
-    size_t length = s[0] >= 0xc2 && s[0] <= 0xdf ? 2 : (s[0] & 0xf0) == 0xe0 ? 3 : s[0] >= 0xf0 && s[0] <= 0xf4 ? 4 : 0;
-    for (size_t i = 1; i < length; i++)
-        if ((s[i] & 0xc0) != 0x80) /* the terminating zero ends here, too */
-            return 0;
-    if ((s[0] == 0xe0 && s[1] < 0xa0) || (s[0] == 0xed && s[1] > 0x9f) || (s[0] == 0xf0 && s[1] < 0x90) ||
-        (s[0] == 0xf4 && s[1] > 0x8f))
-        return 0;
-    return length;
 }
 
 static void line_add_quoted(struct line *line, const char *string) {
