@@ -51,8 +51,6 @@ bool sample_tpot_ns(const struct load_sample *sample, uint64_t *out);
 /* Ended well, with the tokens asked for. */
 bool sample_succeeded(const struct load_sample *sample);
 
-enum { STATUS_CODES = 17 };
-
 /* What a run has to tell. Zeroed, then the limits set. Plain data; 300 KiB. */
 struct load_stats {
     uint64_t slo_ttft_ns, slo_itl_ns;     /* 0: no limit */

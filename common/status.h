@@ -22,6 +22,8 @@ enum status_code {
     STATUS_UNAUTHENTICATED = 16,
 };
 
+enum { STATUS_CODES = 17 };
+
 /* Why a call failed. The caller owns it, zeroed; functions that return a negative number have filled it in. */
 struct status {
     enum status_code code;

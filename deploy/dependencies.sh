@@ -7,7 +7,7 @@ set -euo pipefail
 
 build=(gcc libc6-dev make autoconf automake pkg-config
        libgrpc-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libprotobuf-dev grpc-proto libzmq3-dev
-       libjansson-dev)
+       libjansson-dev libmicrohttpd-dev)
 test=(libcmocka-dev python3-numpy openssl)
 bundle=(patchelf)
 
