@@ -73,6 +73,8 @@ struct batch_result {
     const float *const *logits;         /* [output_count]: [vocab_size], or NULL where not asked for */
     const uint32_t *route_experts;      /* [rows][block_count][expert_used_count], or NULL */
     const float *route_weights;         /* the same shape; each token's weights sum to 1 */
+    double expert_imbalance; /* rows of a layer's busiest expert over the mean of all experts, on average over layers
+                                that ran all rows; 0: the executor does not tell */
 };
 
 struct executor_ops {

@@ -264,12 +264,19 @@ fail:
     return -1;
 }
 
+static double imbalance(const struct executor_cpu *cpu) {
+    const struct model_config *config = &cpu->model->config;
+    double mean = (double)cpu->batch->rows * config->expert_used_count / config->expert_count;
+    return cpu->full_layers ? (double)cpu->busiest_rows / cpu->full_layers / mean : 0;
+}
+
 static int cpu_step(struct executor *executor, const struct batch *batch, struct batch_result *result,
                     struct status *status) {
     struct executor_cpu *cpu = (struct executor_cpu *)executor;
     assert(batch->rows > 0 && batch->rows <= cpu->base.info.step_tokens);
     assert(batch->output_count <= cpu->base.info.max_outputs && batch->output_count <= batch->rows);
     cpu->batch = batch;
+    cpu->busiest_rows = cpu->full_layers = 0;
     atomic_store_explicit(&cpu->not_finite, false, memory_order_relaxed);
     cpu_forward(cpu);
     if (atomic_load_explicit(&cpu->not_finite, memory_order_relaxed))
@@ -282,6 +289,7 @@ static int cpu_step(struct executor *executor, const struct batch *batch, struct
         .logits = cpu->logits_rows,
         .route_experts = batch->routes ? cpu->route_experts : NULL,
         .route_weights = batch->routes ? cpu->route_weights : NULL,
+        .expert_imbalance = imbalance(cpu),
     };
     return 0;
 }

@@ -129,6 +129,8 @@ struct executor_cpu {
     uint32_t layer;
     uint32_t row_count; /* of rows[] */
     uint32_t group_count, expert_rows_count;
+    uint64_t busiest_rows; /* of the busiest expert, summed over layers that ran all rows */
+    uint32_t full_layers;  /* how many those were */
     atomic_bool not_finite;
 };
 

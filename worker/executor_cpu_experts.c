@@ -30,13 +30,20 @@ static void group_by_expert(struct executor_cpu *cpu) {
             ends[cpu->chosen[(size_t)cpu->rows[i] * used + u] + 1]++;
     uint32_t most = cpu_item_rows(&cpu->weights.layers[cpu->layer].gate);
     cpu->expert_rows_count = 0;
+    uint32_t busiest = 0;
     for (uint32_t e = 0; e < config->expert_count; e++) {
         uint32_t slot = ends[e];
+        if (ends[e + 1] > busiest)
+            busiest = ends[e + 1];
         ends[e + 1] += slot;
         for (; slot < ends[e + 1]; slot += most) {
             uint32_t count = ends[e + 1] - slot < most ? ends[e + 1] - slot : most;
             cpu->expert_rows[cpu->expert_rows_count++] = (struct cpu_expert_rows){e, slot, count};
         }
+    }
+    if (cpu->row_count == cpu->batch->rows) {
+        cpu->busiest_rows += busiest;
+        cpu->full_layers++;
     }
     /* ends[e] is still where expert e begins; each choice moves it on. */
     for (uint32_t i = 0; i < cpu->row_count; i++) {

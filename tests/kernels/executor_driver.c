@@ -1,5 +1,6 @@
 #include "tests/kernels/executor_driver.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -49,6 +50,30 @@ const struct executor_info *driver_info(const struct executor_driver *driver) {
     return &driver->executor->info;
 }
 
+/* Whether what an executor says of its experts' load is what its routes say. Only the CPU's must say something. */
+static int check_imbalance(const struct executor_driver *driver, uint32_t rows, const struct batch_result *result,
+                           struct status *status) {
+    const struct model_config *config = &driver->model->config;
+    const uint32_t layers = config->block_count, used = config->expert_used_count;
+    double sum = 0;
+    for (uint32_t layer = 0; layer < layers; layer++) {
+        uint32_t busiest = 0;
+        for (uint32_t expert = 0, count = 0; expert < config->expert_count; expert++, count = 0) {
+            for (uint32_t row = 0; row < rows; row++)
+                for (uint32_t u = 0; u < used; u++)
+                    count += result->route_experts[((size_t)row * layers + layer) * used + u] == expert;
+            if (count > busiest) busiest = count;
+        }
+        sum += busiest;
+    }
+    const double expected = sum / layers * config->expert_count / ((double)rows * used);
+    if ((result->expert_imbalance == 0 && driver->ops != &executor_cpu) ||
+        fabs(result->expert_imbalance - expected) < 1e-9 * expected)
+        return 0;
+    return status_set(status, STATUS_INTERNAL, "expert_imbalance is %g; its routes give %g", result->expert_imbalance,
+                      expected);
+}
+
 /* One step of rows [position, position + rows) of the sequence. */
 static int step(struct executor_driver *driver, const uint32_t *tokens, uint32_t position, uint32_t rows,
                 const struct batch_output *outputs, uint32_t output_count, bool routes, struct batch_result *result,
@@ -64,7 +89,8 @@ static int step(struct executor_driver *driver, const uint32_t *tokens, uint32_t
         .tokens = tokens + position, .rows = rows, .sequences = &sequence, .sequence_count = 1,
         .outputs = outputs, .output_count = output_count, .routes = routes,
     };
-    return driver->ops->step(driver->executor, &batch, result, status);
+    if (driver->ops->step(driver->executor, &batch, result, status)) return -1;
+    return routes ? check_imbalance(driver, rows, result, status) : 0;
 }
 
 static uint32_t least(uint32_t a, uint32_t b) {
