@@ -23,6 +23,8 @@ struct dispatch {
     uint64_t worker_timeout_ns;
     void (*ready_changed)(void *context, bool ready);
     void *ready_context;
+    void (*ticked)(void *context, struct worker_table *workers);
+    void *ticked_context;
     struct worker_table *workers;
     struct request_table *requests;
     uint64_t complaints_since_ns, complaints, unlogged;
@@ -43,6 +45,8 @@ int dispatch_create(const struct fleet_options *options, void *router, struct di
     dispatch->worker_timeout_ns = options->worker_timeout_ns;
     dispatch->ready_changed = options->ready_changed;
     dispatch->ready_context = options->ready_context;
+    dispatch->ticked = options->ticked;
+    dispatch->ticked_context = options->ticked_context;
     dispatch->workers = worker_table_create();
     dispatch->requests = request_table_create();
     if (dispatch->workers && dispatch->requests)
@@ -407,4 +411,6 @@ void dispatch_tick(struct dispatch *dispatch, uint64_t now) {
     }
     uint64_t forget_ns = FORGET_AFTER_S * UINT64_C(1000000000);
     worker_table_expire(dispatch->workers, now > forget_ns ? now - forget_ns : 0);
+    if (dispatch->ticked)
+        dispatch->ticked(dispatch->ticked_context, dispatch->workers);
 }

@@ -16,7 +16,7 @@ void dispatch_destroy(struct dispatch *dispatch);
 
 /* Takes one message off the router; false: there was none. */
 bool dispatch_receive(struct dispatch *dispatch);
-/* Looks for lost workers; a few times a second. */
+/* Looks for lost workers, and lets others look at them; a few times a second. */
 void dispatch_tick(struct dispatch *dispatch, uint64_t now_ns);
 
 /* Takes over the caller's reference to the request, which goes with its end. */

@@ -61,6 +61,9 @@ struct fleet_options {
     /* Called on the fleet thread when a first worker becomes ready, or the last one stops being so. */
     void (*ready_changed)(void *context, bool ready);
     void *ready_context;
+    /* Called on the fleet thread a few times a second, to look at the workers. NULL: nobody does. */
+    void (*ticked)(void *context, struct worker_table *workers);
+    void *ticked_context;
 };
 
 /* What requests are checked against before they are submitted. */

@@ -16,6 +16,7 @@ int inference_create(const struct inference_options *options, struct inference *
         return status_set(status, STATUS_RESOURCE_EXHAUSTED, "no memory for the service");
     inference->admission = options->admission;
     inference->fleet = options->fleet;
+    inference->metrics = options->metrics;
     inference->max_message_size = options->max_message_size;
     for (; inference->pollers < options->pollers; inference->pollers++) {
         inference->ports[inference->pollers] = fleet_port_open(options->fleet, status);

@@ -1,6 +1,7 @@
 #ifndef MOED_GATEWAY_INFERENCE_H
 #define MOED_GATEWAY_INFERENCE_H
 
+#include "common/metrics_serving.h"
 #include "common/status.h"
 #include "gateway/admission.h"
 #include "gateway/fleet.h"
@@ -10,8 +11,9 @@
 struct inference;
 
 struct inference_options {
-    struct admission *admission; /* these two outlive the service */
+    struct admission *admission; /* these three outlive the service */
     struct fleet *fleet;
+    struct serving_metrics *metrics; /* added to on the fleet's thread */
     unsigned pollers;
     uint64_t max_message_size;
 };

@@ -31,6 +31,7 @@ static void on_answer(struct fleet_request *request, const ProtobufCBinaryData *
     moed__v1__forward_response__pack(&tail, GRPC_SLICE_START_PTR(slice) + response->len);
     forward->answer = grpc_raw_byte_buffer_create(&slice, 1);
     grpc_slice_unref(slice);
+    metric_add(&forward->work.inference->metrics->prompt_tokens, request->prompt_tokens);
 }
 
 static void on_end(struct fleet_request *request, const struct status *status) {

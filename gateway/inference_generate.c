@@ -9,11 +9,13 @@
 
 enum { CREDIT_STEP = OUTBOX_TOKENS / 4 }; /* credit is granted in portions: a message for every token would be waste */
 
-/* A Generate in flight. What follows `seed` belongs to the call's lock. */
+/* A Generate in flight. What follows `outbox` belongs to the call's lock. */
 struct generation {
     struct work work; /* first */
     Moed__Worker__V1__GenerateWork message;
     Moed__V1__Sampling sampling;
+
+    uint64_t first_token_ns, last_token_ns, tokens; /* for the metrics, the fleet thread's; 0: none yet */
 
     struct outbox outbox;
     uint32_t writing; /* tokens in the write in flight */
@@ -57,12 +59,52 @@ static void complete(struct generation *generation, const Moed__Worker__V1__Sequ
     generation->timing.worker = generation->worker;
 }
 
+/* Time ends where a token goes into the outbox: what it waits there, it waits for its reader. */
+static void count_tokens(struct generation *generation, uint64_t tokens) {
+    struct serving_metrics *metrics = generation->work.inference->metrics;
+    uint64_t now_ns = clock_now_ns();
+    if (generation->first_token_ns) {
+        serving_metrics_next(metrics, now_ns - generation->last_token_ns, tokens);
+    } else {
+        generation->first_token_ns = now_ns;
+        serving_metrics_first(metrics, now_ns - rpc_call_started_ns(generation->work.call),
+                              generation->work.request.prompt_tokens, tokens);
+    }
+    generation->last_token_ns = now_ns;
+    generation->tokens += tokens;
+}
+
+/* A call that its caller or its deadline ended is an abort; one that failed is none of the three ends. */
+static void count_end(const struct generation *generation, enum status_code code) {
+    struct serving_metrics *metrics = generation->work.inference->metrics;
+    uint64_t total_ns = clock_now_ns() - rpc_call_started_ns(generation->work.call);
+    uint64_t prompt_tokens = generation->work.request.prompt_tokens;
+    /* The worker's word is taken as far as it can be true. */
+    uint64_t queue_ns = generation->timing.queue_ns, cached_tokens = generation->usage.cached_tokens;
+    if (code == STATUS_CANCELLED)
+        metric_add(&metrics->ended[SERVING_ABORT], 1);
+    if (code != STATUS_OK)
+        return;
+    const struct serving_request request = {
+        .end = generation->finish_reason == MOED__V1__FINISH_REASON__FINISH_REASON_STOP ? SERVING_STOP : SERVING_LENGTH,
+        .queue_ns = queue_ns < total_ns ? queue_ns : total_ns,
+        .decode_ns = generation->last_token_ns - generation->first_token_ns,
+        .total_ns = total_ns,
+        .tokens = generation->tokens,
+    };
+    serving_metrics_finish(metrics, &request);
+    metric_add(&metrics->prefix_queries, prompt_tokens);
+    metric_add(&metrics->prefix_hits, cached_tokens < prompt_tokens ? cached_tokens : prompt_tokens);
+}
+
 static int on_output(struct fleet_request *request, Moed__Worker__V1__SequenceOutput *output,
                      const struct worker *worker, struct status *status) {
     struct generation *generation = (struct generation *)WORK_OF(request);
     struct rpc_call *call = generation->work.call;
     if (check_output(output, status))
         return -1;
+    if (output->n_token_ids)
+        count_tokens(generation, output->n_token_ids);
     rpc_call_lock(call);
     int full = output->n_token_ids > OUTBOX_TOKENS ||
                outbox_push(&generation->outbox, output->token_ids, output->n_logprobs ? output->logprobs : NULL,
@@ -83,6 +125,7 @@ static int on_output(struct fleet_request *request, Moed__Worker__V1__SequenceOu
 
 static void on_end(struct fleet_request *request, const struct status *status) {
     struct work *work = WORK_OF(request);
+    count_end((struct generation *)work, status->code);
     work_leave(work);
     rpc_call_finish(work->call, status);
 }

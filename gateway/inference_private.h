@@ -9,6 +9,7 @@
 struct inference {
     struct admission *admission;
     struct fleet *fleet;
+    struct serving_metrics *metrics;
     uint64_t max_message_size;
     unsigned pollers;
     struct fleet_port *ports[]; /* one for each poller */

@@ -9,10 +9,12 @@
 
 #include "common/clock.h"
 #include "common/log.h"
+#include "common/metrics_http.h"
 #include "gateway/admission.h"
 #include "gateway/fleet.h"
 #include "gateway/health.h"
 #include "gateway/inference.h"
+#include "gateway/metrics.h"
 #include "gateway/options.h"
 #include "gateway/reflection.h"
 #include "gateway/rpc_server.h"
@@ -22,6 +24,8 @@ enum { EXIT_USAGE = 2, DRAIN_POLL_MS = 20 };
 
 struct gateway {
     void *zmq_context;
+    struct gateway_metrics *metrics;
+    struct metrics_http *metrics_http;
     struct admission *admission;
     struct health *health;
     struct descriptors *descriptors;
@@ -47,16 +51,19 @@ static void ready_changed(void *context, bool ready) {
 
 static int start(struct gateway *gateway, const struct gateway_options *options, struct status *status) {
     gateway->zmq_context = zmq_ctx_new();
+    gateway->metrics = gateway_metrics_create(options->metrics_prefix);
     gateway->admission = admission_create(options->max_requests, options->max_queued_tokens);
     gateway->health = health_create();
     gateway->descriptors = descriptors_load(proto_descriptors, proto_descriptors_size);
-    if (!gateway->zmq_context || !gateway->admission || !gateway->health || !gateway->descriptors)
+    if (!gateway->zmq_context || !gateway->metrics || !gateway->admission || !gateway->health || !gateway->descriptors)
         return status_set(status, STATUS_RESOURCE_EXHAUSTED, "no memory");
 
     struct fleet_options fleet_options = {
         .worker_timeout_ns = nanoseconds(options->worker_timeout),
         .ready_changed = ready_changed,
         .ready_context = gateway->health,
+        .ticked = gateway_metrics_see_workers,
+        .ticked_context = gateway->metrics,
     };
     fleet_options.endpoints = gateway_options_endpoints(options, &fleet_options.endpoint_count);
     if (fleet_start(&fleet_options, gateway->zmq_context, &gateway->fleet, status))
@@ -65,6 +72,7 @@ static int start(struct gateway *gateway, const struct gateway_options *options,
     const struct inference_options inference_options = {
         .admission = gateway->admission,
         .fleet = gateway->fleet,
+        .metrics = gateway_metrics_serving(gateway->metrics),
         .pollers = (unsigned)options->pollers,
         .max_message_size = options->max_message_size,
     };
@@ -84,8 +92,10 @@ static int start(struct gateway *gateway, const struct gateway_options *options,
     void *const contexts[] = {gateway->inference, gateway->inference, gateway->inference,   gateway->inference,
                               gateway->health,    gateway->health,    gateway->descriptors, gateway->descriptors};
     const size_t method_count = sizeof methods / sizeof *methods;
-    for (size_t i = 0; i < method_count; i++)
+    for (size_t i = 0; i < method_count; i++) {
         methods[i].context = contexts[i];
+        methods[i].ended = gateway_metrics_method(gateway->metrics, methods[i].path + 1);
+    }
     const struct rpc_server_options server_options = {
         .listen = options->listen,
         .pollers = (unsigned)options->pollers,
@@ -94,7 +104,12 @@ static int start(struct gateway *gateway, const struct gateway_options *options,
         .tls_cert = options->tls_cert,
         .tls_key = options->tls_key,
         .tls_client_ca = options->tls_client_ca,
+        .unregistered_ended = gateway_metrics_method(gateway->metrics, "unregistered"),
     };
+    if (options->metrics_listen &&
+        (metrics_http_open(options->metrics_listen, &gateway->metrics_http, status) ||
+         metrics_http_serve(gateway->metrics_http, gateway_metrics_render, gateway->metrics, status)))
+        return -1;
     return rpc_server_start(&server_options, methods, method_count, &gateway->server, status);
 }
 
@@ -122,12 +137,14 @@ static void drain(struct gateway *gateway, const sigset_t *signals, uint64_t tim
 }
 
 static void stop(struct gateway *gateway) {
+    metrics_http_close(gateway->metrics_http);
     rpc_server_destroy(gateway->server);
     fleet_stop(gateway->fleet);
     inference_destroy(gateway->inference);
     descriptors_destroy(gateway->descriptors);
     health_destroy(gateway->health);
     admission_destroy(gateway->admission);
+    gateway_metrics_destroy(gateway->metrics);
     if (gateway->zmq_context)
         while (zmq_ctx_term(gateway->zmq_context) && zmq_errno() == EINTR)
             continue;

@@ -3,6 +3,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "common/metrics.h"
+
 enum { POLLERS_DEFAULT_MAX = 2, POLLERS_MAX = 64 };
 
 static const char *const levels[] = {"error", "warn", "info", "debug", NULL}; /* as enum log_level */
@@ -20,6 +22,7 @@ int gateway_options_parse(int argc, char **argv, struct gateway_options *out, st
         .worker_timeout = 5,
         .stall_timeout = 60,
         .drain_timeout = 30,
+        .metrics_prefix = "vllm:",
         .log_level = "info",
         .log_format = "text",
     };
@@ -46,6 +49,10 @@ int gateway_options_parse(int argc, char **argv, struct gateway_options *out, st
         {"tls-key", OPTION_STRING, &out->tls_key, "FILE", "Private key of the certificate (PEM).", .min = 0},
         {"tls-client-ca", OPTION_STRING, &out->tls_client_ca, "FILE",
          "Callers must have a certificate of this authority (PEM).", .min = 0},
+        {"metrics-listen", OPTION_STRING, &out->metrics_listen, "ADDR:PORT",
+         "Where GET /metrics is answered, for Prometheus; nowhere unless told. Port 0 chooses a free one.", .min = 0},
+        {"metrics-prefix", OPTION_STRING, &out->metrics_prefix, "STRING",
+         "Begins the names of those metrics that vLLM has, too.", .min = 0},
         {"log-level", OPTION_CHOICE, &out->log_level, "LEVEL", "What is logged.", .choices = levels},
         {"log-format", OPTION_CHOICE, &out->log_format, "FORMAT", "How it is logged.", .choices = formats},
         {0},
@@ -62,6 +69,8 @@ int gateway_options_parse(int argc, char **argv, struct gateway_options *out, st
     int result = options_parse(&set, argc, argv, &operands, status);
     if (result == OPTIONS_RUN && operands)
         result = status_set(status, STATUS_INVALID_ARGUMENT, "operand \"%s\": none is allowed", argv[1]);
+    if (result == OPTIONS_RUN)
+        result = metrics_check_prefix(out->metrics_prefix, status);
     if (result < 0)
         gateway_options_free(out);
     return result;

@@ -16,6 +16,7 @@ struct gateway_options {
     uint64_t max_requests, max_queued_tokens;
     double worker_timeout, stall_timeout, drain_timeout; /* seconds */
     const char *tls_cert, *tls_key, *tls_client_ca;
+    const char *metrics_listen, *metrics_prefix; /* listen NULL: no metrics */
     const char *log_level, *log_format;
 };
 

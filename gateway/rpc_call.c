@@ -249,6 +249,8 @@ static void on_closed(struct rpc_tag *tag, bool ok) {
     call->over = true;
     int code = call->finishing ? (int)call->status.code : STATUS_CANCELLED;
     pthread_mutex_unlock(&call->lock);
+    if (call->method->ended)
+        metric_add(&call->method->ended[code], 1);
     if (call->method->handler->closed)
         call->method->handler->closed(call, call->cancelled != 0);
     log_debug("call_closed", LOG_STR("method", call->method->path), LOG_STR("status", status_code_name(code)),

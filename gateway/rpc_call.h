@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "common/metrics.h"
 #include "common/status.h"
 
 /*
@@ -44,6 +45,7 @@ struct rpc_method {
     const char *path; /* "/moed.v1.Inference/Generate" */
     const struct rpc_handler *handler;
     void *context; /* what the handler serves: rpc_call_context */
+    struct metric_counter *ended; /* [STATUS_CODES]: calls, by how they ended; NULL: nobody counts */
 };
 
 void rpc_call_ref(struct rpc_call *call);

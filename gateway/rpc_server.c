@@ -28,6 +28,7 @@ struct poller_thread {
 struct rpc_server {
     grpc_server *server;
     uint64_t stall_timeout_ns;
+    struct rpc_method unregistered;
     struct rpc_tag stopped_tag;
     sem_t stopped;
     bool started;
@@ -42,7 +43,6 @@ static void answer_unimplemented(struct rpc_call *call) {
 }
 
 static const struct rpc_handler unregistered_handler = {.open = answer_unimplemented};
-static const struct rpc_method unregistered_method = {.path = "(unregistered)", .handler = &unregistered_handler};
 
 static void on_stopped(struct rpc_tag *tag, bool ok) {
     struct rpc_server *server = (struct rpc_server *)((char *)tag - offsetof(struct rpc_server, stopped_tag));
@@ -97,7 +97,7 @@ static int post_calls(struct rpc_server *server, const struct rpc_method *method
             for (size_t m = 0; m < count; m++)
                 if (rpc_call_post(server->server, &server->pollers[p].poller, &methods[m], registered[m]))
                     return -1;
-            if (rpc_call_post(server->server, &server->pollers[p].poller, &unregistered_method, NULL))
+            if (rpc_call_post(server->server, &server->pollers[p].poller, &server->unregistered, NULL))
                 return -1;
         }
     }
@@ -128,6 +128,8 @@ int rpc_server_start(const struct rpc_server_options *options, const struct rpc_
         return status_set(status, STATUS_RESOURCE_EXHAUSTED, "no memory for the server");
     }
     server->stall_timeout_ns = options->stall_timeout_ns;
+    server->unregistered = (struct rpc_method){
+        .path = "(unregistered)", .handler = &unregistered_handler, .ended = options->unregistered_ended};
     server->stopped_tag.fire = on_stopped;
     sem_init(&server->stopped, 0, 0);
     server->server = create_server(options->max_message_size);

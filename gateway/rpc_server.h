@@ -22,6 +22,7 @@ struct rpc_server_options {
     uint64_t stall_timeout_ns;      /* a write that waits for its reader for longer ends its call */
     const char *tls_cert, *tls_key; /* PEM files; both or neither */
     const char *tls_client_ca;      /* PEM file; callers need a certificate of it */
+    struct metric_counter *unregistered_ended; /* of the methods that are not in the table; as in struct rpc_method */
 };
 
 /* Listens and serves. `methods` (and the contexts in it) outlive the server. */
