@@ -46,10 +46,11 @@ struct engine {
     uint32_t step_report_count;
     struct request **failed; /* [max_sequences] */
 
-    /* Written by the engine thread, read by the link's. */
+    /* Written by the engine thread, read by others. */
+    struct engine_metrics metrics;
     struct {
         _Atomic uint32_t running, waiting, kv_blocks_free;
-        _Atomic uint64_t waiting_tokens, generated_tokens;
+        _Atomic uint64_t waiting_tokens;
         _Atomic uint64_t busy_since_ns; /* the last step's end, or when there was something to do again; 0: idle */
     } load;
 };
@@ -134,8 +135,10 @@ static void apply_message(struct engine *engine, uint32_t peer, const Moed__Work
     if (message->body_case == MOED__WORKER__V1__TO_WORKER__BODY_CANCEL) {
         for (size_t i = 0; i < message->cancel->n_ids; i++) {
             struct request *request = request_find(engine, peer, message->cancel->ids[i]);
-            if (request)
+            if (request) {
+                engine_metrics_abort(&engine->metrics, request);
                 request_end(engine, request);
+            }
         }
         return;
     }
@@ -152,8 +155,10 @@ static void drop(struct engine *engine, bool all, uint32_t peer) {
     for (uint32_t i = 0; i < REQUEST_BUCKETS; i++)
         for (struct request *request = engine->requests[i], *next; request; request = next) {
             next = request->next;
-            if (all || request->peer == peer)
+            if (all || request->peer == peer) {
+                engine_metrics_abort(&engine->metrics, request);
                 request_end(engine, request);
+            }
         }
 }
 
@@ -211,18 +216,20 @@ static Moed__Worker__V1__ToGateway *step_message(struct engine *engine, uint32_t
 static void take_token(struct engine *engine, struct sequence *sequence, const struct sampled *sampled,
                        uint32_t capacity, uint64_t now_ns) {
     enum sequence_end end;
+    engine_metrics_token(&engine->metrics, sequence, now_ns);
     if (sequence->first_token_ns == 0)
         sequence->first_token_ns = now_ns;
+    sequence->last_token_ns = now_ns;
     if (sequence_append(sequence, sampled->token, &end) != 0) {
         fail(engine, sequence->request, STATUS_RESOURCE_EXHAUSTED, "the worker has no memory for more tokens");
         return;
     }
     Moed__Worker__V1__SequenceOutput *output =
         output_add(step_message(engine, sequence->request->peer, capacity), sequence, sampled);
-    atomic_fetch_add_explicit(&engine->load.generated_tokens, 1, memory_order_relaxed);
     if (end == SEQUENCE_GOES_ON)
         return;
     output_finish(output, sequence, end, now_ns, engine->worker_id);
+    engine_metrics_finish(&engine->metrics, sequence, end, now_ns);
     request_end(engine, sequence->request);
 }
 
@@ -232,6 +239,7 @@ static void answer(struct engine *engine, struct request *request, uint64_t now_
     Moed__V1__Timing timing;
     output_timing(&timing, request, now_ns, engine->worker_id);
     forward_set_timing(request->forward, &timing);
+    engine_metrics_answer(&engine->metrics, request);
     request->forward = NULL;
     report_send(engine, &report);
     request_end(engine, request);
@@ -302,6 +310,7 @@ static void publish(struct engine *engine, bool busy, bool stepped) {
         log_debug("preempted", LOG_UINT("so_far", load.preemptions), LOG_UINT("running", load.running),
                   LOG_UINT("waiting", load.waiting));
     engine->preemptions = load.preemptions;
+    engine_metrics_load(&engine->metrics, &load);
     atomic_store_explicit(&engine->load.running, load.running, memory_order_relaxed);
     atomic_store_explicit(&engine->load.waiting, load.waiting, memory_order_relaxed);
     atomic_store_explicit(&engine->load.kv_blocks_free, load.kv_blocks_free, memory_order_relaxed);
@@ -320,7 +329,9 @@ static void run_step(struct engine *engine, const struct plan *plan) {
             plan->sequences[i]->started_ns = now_ns;
     struct batch_result result = {0};
     struct status status = {0};
-    if (engine->executor->ops->step(engine->executor, &plan->batch, &result, &status) == 0)
+    int failed = engine->executor->ops->step(engine->executor, &plan->batch, &result, &status);
+    engine_metrics_step(&engine->metrics, &plan->batch, &result, clock_now_ns() - now_ns);
+    if (failed == 0)
         take_results(engine, plan, &result);
     else
         fail_step(engine, plan, &status);
@@ -385,6 +396,7 @@ int engine_create(struct executor *executor, void *zmq_context, const char *work
                   struct engine **out, struct status *status) {
     struct engine *engine = memory_allocate(1, sizeof(*engine));
     engine->executor = executor;
+    engine_metrics_init(&engine->metrics);
     engine->worker_id = memory_copy_string(worker_id);
     engine->step_reports = memory_allocate(executor->info.max_sequences, sizeof(*engine->step_reports));
     engine->failed = memory_allocate(executor->info.max_sequences, sizeof(*engine->failed));
@@ -456,7 +468,11 @@ bool engine_receive(struct engine *engine, struct report *report) {
     return size == (int)sizeof(*report);
 }
 
-void engine_get_load(struct engine *engine, struct engine_load *load) {
+const struct engine_metrics *engine_get_metrics(const struct engine *engine) {
+    return &engine->metrics;
+}
+
+void engine_get_load(const struct engine *engine, struct engine_load *load) {
     uint64_t busy_since_ns = atomic_load_explicit(&engine->load.busy_since_ns, memory_order_relaxed);
     uint64_t now_ns = clock_now_ns();
     *load = (struct engine_load){
@@ -464,7 +480,7 @@ void engine_get_load(struct engine *engine, struct engine_load *load) {
         .waiting = atomic_load_explicit(&engine->load.waiting, memory_order_relaxed),
         .kv_blocks_free = atomic_load_explicit(&engine->load.kv_blocks_free, memory_order_relaxed),
         .waiting_tokens = atomic_load_explicit(&engine->load.waiting_tokens, memory_order_relaxed),
-        .generated_tokens = atomic_load_explicit(&engine->load.generated_tokens, memory_order_relaxed),
+        .generated_tokens = metric_count(&engine->metrics.serving.generated_tokens),
         .last_step_age_ns = busy_since_ns && now_ns > busy_since_ns ? now_ns - busy_since_ns : 0,
     };
 }

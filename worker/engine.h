@@ -8,12 +8,13 @@
 #include "common/status.h"
 #include "worker.pb-c.h"
 #include "worker/executor.h"
+#include "worker/metrics.h"
 #include "worker/request.h"
 
 /*
  * The engine thread owns scheduler, KV cache and executor and runs step after step; it sleeps while nothing can run.
- * All functions here are for one other thread, the link's: they pass messages and share nothing but the counters of
- * engine_load. Commands take effect between steps, in the order they were given.
+ * All functions here are for one other thread, the link's: they pass messages and share nothing but counters, which any
+ * thread may read (engine_get_load, engine_get_metrics). Commands take effect between steps, in the order they were given.
  */
 struct engine;
 
@@ -55,6 +56,7 @@ bool engine_receive(struct engine *engine, struct report *report);
 /* Frees what a report holds. */
 void report_clear(struct report *report);
 
-void engine_get_load(struct engine *engine, struct engine_load *load);
+void engine_get_load(const struct engine *engine, struct engine_load *load);
+const struct engine_metrics *engine_get_metrics(const struct engine *engine);
 
 #endif

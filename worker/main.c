@@ -11,7 +11,8 @@ enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
 
 static int serve(const struct worker_options *options, struct status *status) {
     struct worker_setup setup = {.worker_id = options->worker_id, .heartbeat_ms = options->heartbeat_ms,
-                                 .prefix_cache = worker_options_prefix_cache(options)};
+                                 .prefix_cache = worker_options_prefix_cache(options),
+                                 .metrics_listen = options->metrics_listen, .metrics_prefix = options->metrics_prefix};
     struct model *model;
     int stop_fd = stop_signal_open(status);
     if (stop_fd < 0 || !(setup.backend = backend_find(options->backend, status)))

@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+#include "common/metrics.h"
+
 static const char *const backends[] = {"auto", "cpu", "cuda", NULL};
 static const char *const isas[] = {"auto", "c", "avx2", "avx512", NULL};
 static const char *const repacks[] = {"auto", "on", "off", NULL};
@@ -19,6 +21,7 @@ int worker_options_parse(int argc, char **argv, struct worker_options *out, stru
         .repack = "auto",
         .prefix_cache = "on",
         .heartbeat_ms = 1000,
+        .metrics_prefix = "vllm:",
         .log_level = "info",
         .log_format = "text",
     };
@@ -63,6 +66,11 @@ int worker_options_parse(int argc, char **argv, struct worker_options *out, stru
                  "the memory."},
         {.name = "heartbeat-interval", .type = OPTION_UINT, .value = &out->heartbeat_ms, .argument = "MS", .min = 10,
          .max = 60000, .help = "Between heartbeats; a gateway that is silent for five of them is called again."},
+        {.name = "metrics-listen", .type = OPTION_STRING, .value = &out->metrics_listen, .argument = "ADDR:PORT",
+         .help = "Where GET /metrics is answered, for Prometheus, once the model is loaded; nowhere unless told. Port "
+                 "0 chooses a free one."},
+        {.name = "metrics-prefix", .type = OPTION_STRING, .value = &out->metrics_prefix, .argument = "STRING",
+         .help = "Begins the names of those metrics that vLLM has, too."},
         {.name = "log-level", .type = OPTION_CHOICE, .value = &out->log_level, .argument = "LEVEL", .choices = levels,
          .help = "What is logged."},
         {.name = "log-format", .type = OPTION_CHOICE, .value = &out->log_format, .argument = "FORMAT",
@@ -84,6 +92,8 @@ int worker_options_parse(int argc, char **argv, struct worker_options *out, stru
         return status_set(status, STATUS_INVALID_ARGUMENT, "operand \"%s\": none is allowed", argv[1]);
     if (result == OPTIONS_RUN && !out->model)
         return status_set(status, STATUS_INVALID_ARGUMENT, "option --model: missing; a GGUF file is wanted");
+    if (result == OPTIONS_RUN)
+        result = metrics_check_prefix(out->metrics_prefix, status);
     return result;
 }
 

@@ -15,6 +15,7 @@ struct worker_options {
     double memory_fraction;
     const char *isa, *repack, *prefix_cache;
     uint64_t heartbeat_ms;
+    const char *metrics_listen, *metrics_prefix; /* listen NULL: no metrics */
     const char *log_level, *log_format;
 };
 

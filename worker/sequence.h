@@ -57,7 +57,7 @@ struct sequence {
     struct kv_table kv;
     struct sequence *previous, *next; /* among the waiting ones */
 
-    uint64_t started_ns, first_token_ns; /* 0: not yet */
+    uint64_t started_ns, first_token_ns, last_token_ns; /* 0: not yet */
 };
 
 /* Gives a zeroed sequence its tokens, which are copied. -1: no memory. */

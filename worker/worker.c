@@ -6,8 +6,11 @@
 #include <zmq.h>
 
 #include "common/log.h"
+#include "common/metrics_http.h"
+#include "common/metrics_process.h"
 #include "worker/engine.h"
 #include "worker/link.h"
+#include "worker/metrics.h"
 #include "worker/scheduler.h"
 
 enum { WORKER_ID_MAX = 127 }; /* bytes; as a gateway takes it */
@@ -41,6 +44,8 @@ int worker_run(const struct worker_setup *setup, int stop_fd, struct status *sta
     void *zmq_context = NULL;
     struct engine *engine = NULL;
     struct link *link = NULL;
+    struct metrics_http *metrics_http = NULL;
+    struct worker_metrics metrics = {.prefix = setup->metrics_prefix, .started = metrics_process_now()};
     int result = -1;
     if (choose_id(setup->worker_id, id, status) != 0)
         return -1;
@@ -51,14 +56,21 @@ int worker_run(const struct worker_setup *setup, int stop_fd, struct status *sta
     /* Sockets first: loading takes long, and a wrong endpoint shows at once. */
     const struct link_options options = {setup->gateways, setup->gateway_count, setup->heartbeat_ms * 1000000};
     if (link_create(&options, zmq_context, &link, status) != 0 ||
+        (setup->metrics_listen && metrics_http_open(setup->metrics_listen, &metrics_http, status) != 0) ||
         setup->backend->open(setup->model, &setup->executor, &executor, status) != 0 ||
         engine_create(executor, zmq_context, id, setup->prefix_cache, &engine, status) != 0)
+        goto out;
+    metrics.engine = engine;
+    metrics.model_name = setup->model->config.name;
+    metrics.kv_blocks = executor->info.kv_blocks;
+    if (metrics_http && metrics_http_serve(metrics_http, worker_metrics_render, &metrics, status) != 0)
         goto out;
     log_ready(id, &executor->info);
     const struct link_worker worker = {id, &setup->model->config, &executor->info, engine};
     result = link_run(link, &worker, stop_fd, status);
 
 out:
+    metrics_http_close(metrics_http);
     link_destroy(link);
     engine_destroy(engine);
     if (executor)

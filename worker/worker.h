@@ -17,6 +17,8 @@ struct worker_setup {
     const char *worker_id; /* NULL: host name and process id */
     uint64_t heartbeat_ms;
     bool prefix_cache; /* sequences that begin alike share KV blocks, also later */
+    const char *metrics_listen; /* "ADDR:PORT"; NULL: nowhere */
+    const char *metrics_prefix;
 };
 
 /*
