@@ -24,9 +24,25 @@ static void connect_to(struct service *service) {
     service->queue = rpc_queue_create();
 }
 
+/* Appends to argv, which has room for `size` entries. */
+static void append(const char **argv, size_t size, const char *const *extra) {
+    size_t count = 0;
+    while (argv[count])
+        count++;
+    for (; extra && *extra; extra++) {
+        assert_true(count < size - 1);
+        argv[count++] = *extra;
+    }
+}
+
 void service_start(struct service *service, const char *worker_endpoint) {
-    const char *const argv[] = {"moed-gateway", "--listen", "127.0.0.1:0", "--worker-endpoint", worker_endpoint, NULL};
+    service_start_with(service, worker_endpoint, NULL);
+}
+
+void service_start_with(struct service *service, const char *worker_endpoint, const char *const *extra) {
+    const char *argv[24] = {"moed-gateway", "--listen", "127.0.0.1:0", "--worker-endpoint", worker_endpoint};
     char line[512];
+    append(argv, sizeof argv / sizeof *argv, extra);
     service->gateway = process_start("gateway", argv);
     process_wait_log(service->gateway, " listening ", "address=", line, sizeof line);
     assert_int_equal(sscanf(strstr(line, "address="), "address=%63s", service->address), 1);
@@ -44,10 +60,7 @@ void service_close(struct service *service) {
 struct process *worker_start(const char *id, const char *const *extra) {
     const char *argv[24] = {"moed-worker", "--model", MODEL_FILE, "--gateway", WORKER_ENDPOINT, "--backend", "cpu",
                             "--threads", "1", "--worker-id", id};
-    for (size_t count = 11; extra && *extra; extra++) {
-        assert_true(count < sizeof argv / sizeof *argv - 1);
-        argv[count++] = *extra;
-    }
+    append(argv, sizeof argv / sizeof *argv, extra);
     return process_start(id, argv);
 }
 

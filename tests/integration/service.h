@@ -23,6 +23,8 @@ void model_write(const char *path, unsigned seed, unsigned context);
 
 /* Starts a gateway whose workers connect to the endpoint, and connects to it. */
 void service_start(struct service *service, const char *worker_endpoint);
+/* The same with more arguments, NULL-terminated; may be NULL. */
+void service_start_with(struct service *service, const char *worker_endpoint, const char *const *extra);
 /* Frees what it holds here; the processes are the harness's. */
 void service_close(struct service *service);
 /* Starts a worker of MODEL_FILE at WORKER_ENDPOINT. `extra`: more arguments, NULL-terminated; may be NULL. */

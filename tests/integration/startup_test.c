@@ -54,6 +54,38 @@ static void unusable_addresses(void **state) {
     assert_fails(WORKER(MODEL_FILE, "carrier-pigeon://coop"), "carrier-pigeon://coop", "");
 }
 
+static void unusable_metrics_addresses(void **state) {
+    struct service service;
+    char metrics[64];
+    service_start_with(&service, WORKER_ENDPOINT, (const char *const[]){"--metrics-listen", "127.0.0.1:0", NULL});
+    char *log = process_log(service.gateway);
+    assert_int_equal(sscanf(strstr(log, "metrics_listening"), "metrics_listening address=%63s", metrics), 1);
+    free(log);
+    struct {
+        const char *address, *reason;
+    } cases[] = {{metrics, "in use"}, {service.address, "in use"}, {"nowhere", "allowed"}, {"127.0.0.1:", "allowed"},
+                 {"127.0.0.1:99999", "allowed"}, {"::1:5", "allowed"}, {"192.0.2.1:0", "assign"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *const gateway[] = {"moed-gateway", "--listen", "127.0.0.1:0", "--worker-endpoint",
+                                       "ipc://second.sock", "--metrics-listen", cases[i].address, NULL};
+        const char *const worker[] = {"moed-worker", "--backend", "cpu", "--model", MODEL_FILE, "--gateway",
+                                      WORKER_ENDPOINT, "--metrics-listen", cases[i].address, NULL};
+        assert_fails(gateway, "--metrics-listen: ", cases[i].address);
+        assert_fails(gateway, "--metrics-listen: ", cases[i].reason);
+        assert_fails(worker, "--metrics-listen: ", cases[i].reason);
+    }
+    service_close(&service);
+
+    static const char *const programs[] = {"moed-gateway", "moed-worker"};
+    for (size_t i = 0; i < 2; i++) {
+        const char *const argv[] = {programs[i], "--metrics-prefix", "no-name", i ? "--model" : NULL, MODEL_FILE, NULL};
+        assert_int_equal(process_run("prefix", argv), 2);
+        char *text = read_file("prefix.log", NULL);
+        assert_non_null(strstr(text, "--metrics-prefix: \"no-name\""));
+        free(text);
+    }
+}
+
 static void write_file(const char *path, const char *bytes, size_t size) {
     FILE *file = fopen(path, "we");
     assert_non_null(file);
@@ -133,6 +165,7 @@ int main(void) {
         cmocka_unit_test_teardown(port_in_use, harness_stop_all),
         cmocka_unit_test_teardown(worker_endpoint_in_use, harness_stop_all),
         cmocka_unit_test_teardown(unusable_addresses, harness_stop_all),
+        cmocka_unit_test_teardown(unusable_metrics_addresses, harness_stop_all),
         cmocka_unit_test_teardown(unusable_models, harness_stop_all),
         cmocka_unit_test_teardown(help_and_wrong_usage, harness_stop_all),
         cmocka_unit_test_teardown(nothing_to_drain, harness_stop_all),
