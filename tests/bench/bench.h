@@ -35,7 +35,7 @@ struct bench_options {
 int bench_kernels(const struct bench_options *options, struct thread_pool *pool, const struct machine *machine,
                   struct status *status);
 /*
- * Runs the cases on the backend. `machine` and the pool are the CPU's: the read rate is measured again beside each case,
+ * Runs the cases on the backend. `machine` and the pool are the CPU's: the read rate is measured again before each run,
  * because neighbours on the machine change it; a GPU's is that of its memory, and measured here.
  */
 int bench_model(const struct bench_options *options, struct thread_pool *pool, const struct machine *machine,

@@ -30,6 +30,7 @@ struct runner {
 struct figures {
     double prefill, decode; /* seconds */
     double experts;         /* distinct ones of a layer, in the mean of all decode steps */
+    double read;            /* bytes per second that memory gave between the runs */
 };
 
 /* Bytes or weights of the matrices that a step always needs, and of one expert in each layer. */
@@ -141,12 +142,16 @@ static int compare(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* RUNS runs of one case: medians. */
-static int run_case(struct runner *runner, struct figures *median, struct status *status) {
-    double prefill[RUNS], decode[RUNS], experts = 0;
+/*
+ * RUNS runs of one case: medians. With a pool the memory's rate is measured before each run, because neighbours on the
+ * machine change it within seconds; without one it is what median->read holds.
+ */
+static int run_case(struct runner *runner, struct thread_pool *pool, struct figures *median, struct status *status) {
+    double prefill[RUNS], decode[RUNS], read[RUNS], experts = 0;
     for (int run = 0; run < RUNS; run++) {
         struct figures figures;
-        if (run_once(runner, &figures, status) < 0)
+        read[run] = median->read;
+        if ((pool && machine_measure_read(pool, &read[run], status) < 0) || run_once(runner, &figures, status) < 0)
             return -1;
         prefill[run] = figures.prefill;
         decode[run] = figures.decode;
@@ -154,7 +159,8 @@ static int run_case(struct runner *runner, struct figures *median, struct status
     }
     qsort(prefill, RUNS, sizeof *prefill, compare);
     qsort(decode, RUNS, sizeof *decode, compare);
-    *median = (struct figures){prefill[RUNS / 2], decode[RUNS / 2], experts};
+    qsort(read, RUNS, sizeof *read, compare);
+    *median = (struct figures){prefill[RUNS / 2], decode[RUNS / 2], experts, read[RUNS / 2]};
     return 0;
 }
 
@@ -179,7 +185,7 @@ static void print_case(const struct runner *runner, const struct figures *figure
         if (now->decode)
             printf(",\"decode\":%.5g,\"decode_multiply_add\":%.4g,\"step_bytes\":%.5g,\"decode_read\":%.4g,"
                    "\"read\":%.4g,\"experts\":%.4g",
-                   decode, token_weights * decode, step_bytes, read, machine->read, figures->experts);
+                   decode, token_weights * decode, step_bytes, read, figures->read, figures->experts);
         printf("}");
     } else {
         printf("%5u %6u | %8.1f tok/s", now->batch, now->prompt, rows / figures->prefill);
@@ -189,7 +195,7 @@ static void print_case(const struct runner *runner, const struct figures *figure
             printf(" %5.1f T", 2 * prefill_rate / 1e12);
         if (now->decode)
             printf(" | %7.1f tok/s %8.1f MB/step %5.1f experts %6.1f GB/s %3.0f %%", decode, step_bytes / 1e6,
-                   figures->experts, read / 1e9, 100 * read / machine->read);
+                   figures->experts, read / 1e9, 100 * read / figures->read);
         printf("\n");
     }
     fflush(stdout);
@@ -274,9 +280,9 @@ int bench_model(const struct bench_options *options, struct thread_pool *pool, c
                options->model, runner.executor->info.device, now.read / 1e9,
                on_cpu ? "of the int8 rate" : "TFLOP/s of it");
     for (uint32_t i = 0; i < options->case_count; i++) {
-        struct figures figures;
+        struct figures figures = {.read = now.read};
         if (begin_case(&runner, &options->cases[i], status) < 0 ||
-            (on_cpu && machine_measure_read(pool, &now.read, status) < 0) || run_case(&runner, &figures, status) < 0)
+            run_case(&runner, on_cpu ? pool : NULL, &figures, status) < 0)
             goto out;
         print_case(&runner, &figures, &now, options->json, i == 0);
     }
