@@ -6,7 +6,7 @@
 #include "kernels/cpu/cpu.h"
 #include "worker/thread_pool.h"
 
-/* What the machine could do at best, measured with all threads of the pool. */
+/* What the machine can do, measured with all threads of the pool. */
 struct machine {
     double read;        /* bytes per second from memory: large, in order, huge pages */
     double multiply_add; /* int8 multiply-adds per second, from registers, with what the instruction set has for it */
