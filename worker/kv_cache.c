@@ -37,7 +37,7 @@ struct kv_cache *kv_cache_create(uint32_t blocks, uint32_t block_tokens, bool sh
     cache->block_tokens = block_tokens;
     cache->share = share;
     cache->bucket_mask = buckets - 1;
-    cache->free_blocks = malloc((blocks + 1) * sizeof(*cache->free_blocks));
+    cache->free_blocks = malloc(((size_t)blocks + 1) * sizeof(*cache->free_blocks));
     cache->blocks = calloc((size_t)blocks + 1, sizeof(*cache->blocks));
     cache->tokens = share ? malloc(((size_t)blocks * block_tokens + 1) * sizeof(*cache->tokens)) : NULL;
     cache->buckets = malloc(buckets * sizeof(*cache->buckets));

@@ -164,16 +164,7 @@ static void a_conversation_computes_what_is_new(void **state) {
 }
 
 static int setup(void **state) {
-    if (harness_setup(state) != 0)
-        return -1;
-    rpc_init();
-    model_write(MODEL_FILE, 1, CONTEXT);
-    return 0;
-}
-
-static int teardown(void **state) {
-    rpc_shutdown();
-    return harness_teardown(state);
+    return model_setup(state, CONTEXT);
 }
 
 int main(void) {
@@ -181,5 +172,5 @@ int main(void) {
         cmocka_unit_test_teardown(pressed_requests_are_the_same_as_alone, harness_stop_all),
         cmocka_unit_test_teardown(a_conversation_computes_what_is_new, harness_stop_all),
     };
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, setup, model_teardown);
 }

@@ -160,10 +160,8 @@ static void lost_connection_frees_blocks(void **state) {
 
 static int setup(void **state) {
     static struct service service;
-    if (harness_setup(state) != 0)
+    if (model_setup(state, 16384) != 0)
         return -1;
-    rpc_init();
-    model_write(MODEL_FILE, 1, 16384);
     service_start(&service, WORKER_ENDPOINT);
     worker_start("w0", (const char *const[]){"--max-sequences", "8", NULL});
     service_wait_workers(&service, 1);

@@ -152,10 +152,8 @@ static void watchers_do_not_hold_the_gateway(void **state) {
 
 static int setup(void **state) {
     static struct service service;
-    if (harness_setup(state) != 0)
+    if (model_setup(state, 256) != 0)
         return -1;
-    rpc_init();
-    model_write(MODEL_FILE, 1, 256);
     service_start(&service, WORKER_ENDPOINT);
     *state = &service;
     return 0;

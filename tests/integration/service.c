@@ -127,12 +127,23 @@ void service_wait_idle(struct service *service) {
     }
 }
 
-int service_setup(void **state) {
-    static struct service service;
+int model_setup(void **state, unsigned context) {
     if (harness_setup(state) != 0)
         return -1;
     rpc_init();
-    model_write(MODEL_FILE, 1, 256);
+    model_write(MODEL_FILE, 1, context);
+    return 0;
+}
+
+int model_teardown(void **state) {
+    rpc_shutdown();
+    return harness_teardown(state);
+}
+
+int service_setup(void **state) {
+    static struct service service;
+    if (model_setup(state, 256) != 0)
+        return -1;
     service_start(&service, WORKER_ENDPOINT);
     worker_start("w0", NULL);
     service_wait_workers(&service, 1);
@@ -142,8 +153,7 @@ int service_setup(void **state) {
 
 int service_teardown(void **state) {
     service_close(*state);
-    rpc_shutdown();
-    return harness_teardown(state);
+    return model_teardown(state);
 }
 
 /* ---- Generate */

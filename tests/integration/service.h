@@ -34,6 +34,9 @@ void service_wait_workers(struct service *service, size_t ready);
 /* Waits until no worker runs anything or has a KV block in use. */
 void service_wait_idle(struct service *service);
 
+/* What a cmocka group set-up and tear-down do where tests start their own processes: the harness, and MODEL_FILE. */
+int model_setup(void **state, unsigned context);
+int model_teardown(void **state);
 /* cmocka group set-up and tear-down with a model (context of 256), a gateway and one worker "w0"; *state is the struct
  * service. */
 int service_setup(void **state);

@@ -70,11 +70,9 @@ static void a_caller_that_reads_nothing_is_cut_off(void **state) {
 
 static int setup(void **state) {
     static struct service service;
-    if (harness_setup(state) != 0)
+    if (model_setup(state, 256) != 0)
         return -1;
-    setenv("MOED_STALL_TIMEOUT", "1", 1); /* after harness_setup, which clears the environment */
-    rpc_init();
-    model_write(MODEL_FILE, 1, 256);
+    setenv("MOED_STALL_TIMEOUT", "1", 1); /* after the harness has cleared the environment */
     service_start(&service, WORKER_ENDPOINT);
     worker_start("w0", NULL);
     service_wait_workers(&service, 1);

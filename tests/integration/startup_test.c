@@ -148,16 +148,7 @@ static void nothing_to_drain(void **state) {
 }
 
 static int setup(void **state) {
-    if (harness_setup(state) != 0)
-        return -1;
-    rpc_init();
-    model_write(MODEL_FILE, 1, 256);
-    return 0;
-}
-
-static int teardown(void **state) {
-    rpc_shutdown();
-    return harness_teardown(state);
+    return model_setup(state, 256);
 }
 
 int main(void) {
@@ -170,5 +161,5 @@ int main(void) {
         cmocka_unit_test_teardown(help_and_wrong_usage, harness_stop_all),
         cmocka_unit_test_teardown(nothing_to_drain, harness_stop_all),
     };
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, setup, model_teardown);
 }

@@ -279,16 +279,7 @@ static void gateway_drains(void **state) {
 }
 
 static int setup(void **state) {
-    if (harness_setup(state) != 0)
-        return -1;
-    rpc_init();
-    model_write(MODEL_FILE, 1, CONTEXT);
-    return 0;
-}
-
-static int teardown(void **state) {
-    rpc_shutdown();
-    return harness_teardown(state);
+    return model_setup(state, CONTEXT);
 }
 
 int main(void) {
@@ -303,5 +294,5 @@ int main(void) {
         cmocka_unit_test_teardown(worker_drains, harness_stop_all),
         cmocka_unit_test_teardown(gateway_drains, harness_stop_all),
     };
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, setup, model_teardown);
 }
