@@ -12,6 +12,7 @@ struct parity {
     double cosine_worst, cosine_mean; /* of the positions' logits */
     uint32_t routes;                  /* tokens times layers */
     uint32_t near_ties;               /* of them decided in another way, and followed by the reference */
+    uint32_t outliers;                /* of the near-ties, beyond REFERENCE_TIE */
     uint32_t wrong;                   /* of them with other experts */
     double sum_error;                 /* largest |sum of a token's weights - 1| */
     double weight_error;              /* largest difference of an expert's weight */
@@ -23,8 +24,10 @@ void parity_measure(const struct reference_config *config, const struct referenc
 
 enum { PARITY_TEXT = 256 };
 
-/* Whether the contract holds: cosine >= 0.99 everywhere and 0.999 on average, the same experts but for near-ties, sums
- * of 1 +- 1e-6, finite. The figures go into text. */
+/*
+ * Whether the contract holds: cosine >= 0.99 everywhere and 0.999 on average, the same experts but for near-ties (outliers
+ * among them at one route in a hundred, or one of fewer), sums of 1 +- 1e-6, finite. The figures go into text.
+ */
 bool parity_holds(const struct parity *parity, char text[PARITY_TEXT]);
 
 /* The likeliest token of a row of the reference's logits, and by how much it leads. */

@@ -159,24 +159,24 @@ static bool contains(const uint32_t *experts, uint32_t count, uint32_t expert) {
     return false;
 }
 
-/* Whether `other` is another set of as many experts, and each that differs is near the limit of the choice. */
-static bool is_near_tie(const struct reference_config *c, const double *logits, const uint32_t *chosen,
+/*
+ * How far from the limit of the choice the experts are in which `other` differs from it; negative: it is the same set.
+ * Infinite where it is no set of as many experts.
+ */
+static double tie_width(const struct reference_config *c, const double *logits, const uint32_t *chosen,
                         const uint32_t *other) {
-    double limit = logits[chosen[c->topk - 1]];
-    bool differs = false;
+    double limit = logits[chosen[c->topk - 1]], width = -1;
     for (uint32_t k = 0; k < c->topk; k++) {
-        if (other[k] >= c->experts || contains(other, k, other[k])) return false;
-        if (!contains(other, c->topk, chosen[k]) && logits[chosen[k]] - limit > REFERENCE_TIE) return false;
-        if (contains(chosen, c->topk, other[k])) continue;
-        if (limit - logits[other[k]] > REFERENCE_TIE) return false;
-        differs = true;
+        if (other[k] >= c->experts || contains(other, k, other[k])) return INFINITY;
+        if (!contains(other, c->topk, chosen[k])) width = fmax(width, logits[chosen[k]] - limit);
+        if (!contains(chosen, c->topk, other[k])) width = fmax(width, limit - logits[other[k]]);
     }
-    return differs;
+    return width;
 }
 
 /* The likeliest experts (ties: the lower id), or those to follow, and their probabilities, made to sum to 1. */
 static void route(const struct reference_config *c, const double *logits, const uint32_t *follow, uint32_t *chosen,
-                  double *weights, uint32_t *followed) {
+                  double *weights, struct reference_result *result) {
     for (uint32_t k = 0; k < c->topk; k++) {
         uint32_t best = UINT32_MAX;
         for (uint32_t e = 0; e < c->experts; e++)
@@ -184,9 +184,11 @@ static void route(const struct reference_config *c, const double *logits, const 
         chosen[k] = best;
     }
     double most = logits[chosen[0]], total = 0;
-    if (follow && is_near_tie(c, logits, chosen, follow)) {
+    double width = follow ? tie_width(c, logits, chosen, follow) : -1;
+    if (width >= 0 && width <= REFERENCE_TIE_OUTLIER) {
         memcpy(chosen, follow, c->topk * sizeof *chosen);
-        ++*followed;
+        result->followed++;
+        result->outliers += width > REFERENCE_TIE;
     }
     for (uint32_t k = 0; k < c->topk; k++) total += weights[k] = exp(logits[chosen[k]] - most);
     for (uint32_t k = 0; k < c->topk; k++) weights[k] /= total; /* softmax's own denominator cancels */
@@ -250,7 +252,7 @@ static int expert_block(const struct reference *reference, uint32_t layer, doubl
         double *own = logits + (size_t)t * c->experts;
         memcpy(result->router + at * c->experts, own, c->experts * sizeof *own);
         route(c, own, follow ? follow + at * c->topk : NULL, result->experts + at * c->topk,
-              result->weights + at * c->topk, &result->followed);
+              result->weights + at * c->topk, result);
     }
     for (uint32_t e = 0; e < c->experts; e++) run_expert(c, &w, e, layer, result, h, x);
     free(h);
