@@ -57,6 +57,18 @@ static __device__ __forceinline__ void tile_scale6(uint4 row, int first, int i, 
     minimum = __high2float(d) * (float)m;
 }
 
+/* Where a chunk is loaded from: device memory, to be read once, or shared memory. */
+struct tile_streamed {
+    template <class T> static __device__ __forceinline__ T read(const T *from) {
+        return __ldcs(from);
+    }
+};
+struct tile_staged {
+    template <class T> static __device__ __forceinline__ T read(const T *from) {
+        return *from;
+    }
+};
+
 /*
  * One chunk in a lane's registers: load() fetches it, factors() decodes its scales, and fragments() gives the eight
  * operands of one group: a[0..3] of its first mma (row g, g + 8 with pair 0; g, g + 8 with pair 1) and a[4..7] of its
@@ -107,12 +119,12 @@ template <int N> static __device__ __forceinline__ uint32_t tile_weights4(uint32
 template <> struct tile<QUANT_Q4_K> {
     uint4 q[4], row0, row8;
 
-    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+    template <class FROM = tile_streamed> __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            q[i] = __ldcs((const uint4 *)chunk + 32 * i + lane);
-        row0 = __ldcs((const uint4 *)(chunk + 2048) + lane / 4);
-        row8 = __ldcs((const uint4 *)(chunk + 2048) + lane / 4 + 8);
+            q[i] = FROM::read((const uint4 *)chunk + 32 * i + lane);
+        row0 = FROM::read((const uint4 *)(chunk + 2048) + lane / 4);
+        row8 = FROM::read((const uint4 *)(chunk + 2048) + lane / 4 + 8);
     }
 
     __device__ __forceinline__ tile_factors factors(float matrix_scale, int lane) const {
@@ -144,13 +156,13 @@ static __device__ __forceinline__ uint32_t tile_weights5(uint32_t word, uint32_t
 template <> struct tile<QUANT_Q5_K> {
     uint4 q[4], bits, row0, row8;
 
-    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+    template <class FROM = tile_streamed> __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            q[i] = __ldcs((const uint4 *)chunk + 32 * i + lane);
-        bits = __ldcs((const uint4 *)(chunk + 2048) + lane);
-        row0 = __ldcs((const uint4 *)(chunk + 2560) + lane / 4);
-        row8 = __ldcs((const uint4 *)(chunk + 2560) + lane / 4 + 8);
+            q[i] = FROM::read((const uint4 *)chunk + 32 * i + lane);
+        bits = FROM::read((const uint4 *)(chunk + 2048) + lane);
+        row0 = FROM::read((const uint4 *)(chunk + 2560) + lane / 4);
+        row8 = FROM::read((const uint4 *)(chunk + 2560) + lane / 4 + 8);
     }
 
     template <int ODD>
@@ -193,16 +205,16 @@ template <> struct tile<QUANT_Q6_K> {
     uint4 q[4], bits[2], scales0, scales8;
     float d0, d8;
 
-    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+    template <class FROM = tile_streamed> __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            q[i] = __ldcs((const uint4 *)chunk + 32 * i + lane);
-        bits[0] = __ldcs((const uint4 *)(chunk + 2048) + lane);
-        bits[1] = __ldcs((const uint4 *)(chunk + 2560) + lane);
-        scales0 = __ldcs((const uint4 *)(chunk + 3072) + lane / 4);
-        scales8 = __ldcs((const uint4 *)(chunk + 3072) + lane / 4 + 8);
-        d0 = __half2float(__ldcs((const half *)(chunk + 3328) + lane / 4));
-        d8 = __half2float(__ldcs((const half *)(chunk + 3328) + lane / 4 + 8));
+            q[i] = FROM::read((const uint4 *)chunk + 32 * i + lane);
+        bits[0] = FROM::read((const uint4 *)(chunk + 2048) + lane);
+        bits[1] = FROM::read((const uint4 *)(chunk + 2560) + lane);
+        scales0 = FROM::read((const uint4 *)(chunk + 3072) + lane / 4);
+        scales8 = FROM::read((const uint4 *)(chunk + 3072) + lane / 4 + 8);
+        d0 = __half2float(FROM::read((const half *)(chunk + 3328) + lane / 4));
+        d8 = __half2float(FROM::read((const half *)(chunk + 3328) + lane / 4 + 8));
     }
 
     /*
@@ -255,12 +267,12 @@ template <int HIGH> static __device__ __forceinline__ uint32_t tile_weights8(uin
 template <> struct tile<QUANT_Q8_0> {
     uint4 q[8], d0, d8;
 
-    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+    template <class FROM = tile_streamed> __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            q[i] = __ldcs((const uint4 *)chunk + 32 * i + lane);
-        d0 = __ldcs((const uint4 *)(chunk + 4096) + lane / 4);
-        d8 = __ldcs((const uint4 *)(chunk + 4096) + lane / 4 + 8);
+            q[i] = FROM::read((const uint4 *)chunk + 32 * i + lane);
+        d0 = FROM::read((const uint4 *)(chunk + 4096) + lane / 4);
+        d8 = FROM::read((const uint4 *)(chunk + 4096) + lane / 4 + 8);
     }
 
     static __device__ __forceinline__ half2 scale(uint4 d, int group, float matrix_scale) {
@@ -302,10 +314,10 @@ static __device__ __forceinline__ uint32_t tile_weights16(uint32_t word, float m
 template <bool BFLOAT> struct tile16 {
     uint4 w[16];
 
-    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+    template <class FROM = tile_streamed> __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
 #pragma unroll
         for (int i = 0; i < 16; i++)
-            w[i] = __ldcs((const uint4 *)chunk + 32 * i + lane);
+            w[i] = FROM::read((const uint4 *)chunk + 32 * i + lane);
     }
 
     __device__ __forceinline__ float factors(float matrix_scale, int) const {
@@ -332,7 +344,7 @@ template <> struct tile<QUANT_BF16> : tile16<true> {};
 template <> struct tile<QUANT_F32> {
     const float4 *w;
 
-    __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
+    template <class FROM = tile_streamed> __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
         w = (const float4 *)chunk + lane;
     }
 
