@@ -1,15 +1,14 @@
 #include "worker/sampler.h"
 
-#include <float.h>
 #include <stdbool.h>
 #include <string.h>
 
+#include "kernels/sampling.h"
 #include "worker/philox.h"
 
 /*
- * Equal inputs give equal outputs on every machine: only additions, multiplications, divisions and comparisons of IEEE
- * numbers in an order the source fixes (the build turns contraction off). exp and log are written out here because
- * libm's differ in the last bit from one version, or one processor's variant, to the next.
+ * Equal inputs give equal outputs on every machine, and those of the GPU (kernels/sampling.h). exp and log are written out
+ * because libm's differ in the last bit from one version, or one processor's variant, to the next.
  */
 
 /* The tokens still in the running, in rising order of id; filters shorten all three arrays together. */
@@ -20,37 +19,10 @@ struct candidates {
     uint32_t count;
 };
 
-enum { SUM_LANES = 8, MAX_LANES = 16, STRIP = 64, RADIX_BITS = 11 };
+enum { MAX_LANES = 16, STRIP = 64, RADIX_BITS = 11 };
 
 size_t sampler_scratch_bytes(uint32_t vocab_size) {
     return (size_t)vocab_size * (sizeof(float) + sizeof(float) + sizeof(uint32_t));
-}
-
-/*
- * powers[i] = e^x[i] for -88 <= x[i] <= 0, to about 2e-7 of it; 0 where that is below float's normal range. A plain
- * loop over a fixed length without branches, so that compilers make vectors of it.
- */
-static void exponentiate_strip(const float *restrict x, float *restrict powers) {
-    const float log2_e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f; /* ln2_high has 9 bits */
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
-    for (uint32_t i = 0; i < STRIP; i++) {
-        float shifted = x[i] * log2_e + shift;
-        float n = shifted - shift;
-        float r = (x[i] - n * ln2_high) - n * ln2_low; /* |r| <= ln(2) / 2 */
-        float power = 1.0f / 720.0f;
-        power = power * r + 1.0f / 120.0f;
-        power = power * r + 1.0f / 24.0f;
-        power = power * r + 1.0f / 6.0f;
-        power = power * r + 0.5f;
-        power = power * r + 1.0f;
-        power = power * r + 1.0f;
-        union {
-            float real;
-            uint32_t bits;
-        } scale = {.real = shifted};
-        scale.bits = (scale.bits << 23) + 0x3F800000u; /* 2^n, and 0 for 2^-127; high bits fall off the top */
-        powers[i] = power * scale.real;
-    }
 }
 
 /* The natural logarithm of x >= 1: x = m 2^e with m near 1, and ln m = 2 artanh((m - 1) / (m + 1)). */
@@ -71,29 +43,24 @@ static double log_positive(double x) {
     return (double)exponent * 0.6931471805599453 + 2.0 * s * series;
 }
 
-/* weights[i] = e^((values[i] - greatest) / temperature) */
+/* weights[i] = e^((values[i] - greatest) / temperature), in strips of a fixed length: compilers make vectors of these. */
 static void exponentiate(const float *values, uint32_t count, float greatest, float temperature, float *weights) {
     for (uint32_t start = 0; start < count; start += STRIP) {
         uint32_t length = count - start < STRIP ? count - start : STRIP;
         float x[STRIP] = {0}, powers[STRIP];
-        for (uint32_t i = 0; i < length; i++) {
-            float scaled = (values[start + i] - greatest) / temperature;
-            x[i] = scaled > -88.0f ? scaled : -88.0f;
-        }
-        exponentiate_strip(x, powers);
+        for (uint32_t i = 0; i < length; i++)
+            x[i] = sampling_exponent(values[start + i], greatest, temperature);
+        for (uint32_t i = 0; i < STRIP; i++)
+            powers[i] = sampling_power(x[i]);
         memcpy(weights + start, powers, length * sizeof(*powers));
     }
 }
 
-static double sum(const float *terms, uint32_t count) {
-    double lanes[SUM_LANES] = {0};
-    uint32_t i = 0;
-    for (; i + SUM_LANES <= count; i += SUM_LANES)
-        for (uint32_t j = 0; j < SUM_LANES; j++)
-            lanes[j] += terms[i + j];
-    for (uint32_t j = 0; i < count; i++, j++)
-        lanes[j] += terms[i];
-    return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+static uint64_t total_mass(const float *weights, uint32_t count) {
+    uint64_t total = 0;
+    for (uint32_t i = 0; i < count; i++)
+        total += sampling_mass(weights[i]);
+    return total;
 }
 
 static float greatest_of(const float *values, uint32_t count) {
@@ -129,7 +96,6 @@ static uint32_t greatest_index(const float *values, uint32_t count) {
     return best;
 }
 
-/* The repetition penalty as in CTRL (Keskar et al. 2019), presence and frequency as in the OpenAI API. */
 static void apply_penalties(float *values, uint32_t vocab_size, const struct sampling *sampling,
                             const uint32_t *history, uint32_t history_length, uint32_t prompt_length,
                             uint32_t *counts) {
@@ -137,25 +103,14 @@ static void apply_penalties(float *values, uint32_t vocab_size, const struct sam
     memset(counts, 0, vocab_size * sizeof(*counts));
     for (uint32_t i = 0; i < history_length; i++)
         counts[history[i]] = (counts[history[i]] | SEEN) + (i >= prompt_length);
-    double repetition = sampling->repetition_penalty > 0 ? sampling->repetition_penalty : 1.0;
     for (uint32_t i = 0; i < history_length; i++) {
         uint32_t token = history[i], count = counts[token] & ~(uint32_t)SEEN;
         if (!(counts[token] & SEEN))
             continue; /* done at an earlier occurrence */
         counts[token] = 0;
-        double value = values[token];
-        value = value > 0 ? value / repetition : value * repetition;
-        if (count > 0)
-            value -= (double)sampling->presence_penalty + (double)count * sampling->frequency_penalty;
-        values[token] = (float)(value > FLT_MAX ? FLT_MAX : value < -FLT_MAX ? -FLT_MAX : value);
+        values[token] = sampling_penalized(values[token], count, sampling->repetition_penalty,
+                                           sampling->presence_penalty, sampling->frequency_penalty);
     }
-}
-
-/* Maps floats to integers of the same order. */
-static inline uint32_t order_key(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof(bits));
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 static inline void keep(struct candidates *candidates, uint32_t from, uint32_t to) {
@@ -165,18 +120,19 @@ static inline void keep(struct candidates *candidates, uint32_t from, uint32_t t
 }
 
 /*
- * Keeps the fewest of the greatest values whose measure reaches `limit`: how many they are (top-k) or their weight
- * (top-p). A radix selection of the least value kept, 11 bits of the key at a time: three passes and no sort.
+ * Keeps the fewest of the greatest values whose measure reaches `limit`: how many they are (top-k) or their mass (top-p). A
+ * radix selection of the least value kept, 11 bits of the key at a time: three passes and no sort.
  */
-static void keep_greatest(struct candidates *candidates, bool by_weight, double limit) {
-    double above = 0; /* measure of all keys greater than what `key` can still become */
+static void keep_greatest(struct candidates *candidates, bool by_mass, uint64_t limit) {
+    uint64_t above = 0; /* measure of all keys greater than what `key` can still become */
     uint32_t key = 0, known = 0;
     for (int shift = 32 - RADIX_BITS, width = RADIX_BITS; width > 0;) {
-        double buckets[1 << RADIX_BITS] = {0};
+        uint64_t buckets[1 << RADIX_BITS] = {0};
         for (uint32_t i = 0; i < candidates->count; i++) {
-            uint32_t candidate = order_key(candidates->values[i]);
+            uint32_t candidate = sampling_key(candidates->values[i]);
             if ((candidate & known) == key)
-                buckets[candidate >> shift & ((1u << width) - 1)] += by_weight ? candidates->weights[i] : 1.0;
+                buckets[candidate >> shift & ((1u << width) - 1)] +=
+                    by_mass ? sampling_mass(candidates->weights[i]) : 1;
         }
         uint32_t bucket = (1u << width) - 1;
         while (bucket > 0 && above + buckets[bucket] < limit)
@@ -188,17 +144,17 @@ static void keep_greatest(struct candidates *candidates, bool by_weight, double 
     }
     uint32_t kept = 0;
     for (uint32_t i = 0; i < candidates->count; i++) {
-        uint32_t candidate = order_key(candidates->values[i]);
+        uint32_t candidate = sampling_key(candidates->values[i]);
         if (candidate < key || (candidate == key && above >= limit))
             continue;
         if (candidate == key)
-            above += by_weight ? candidates->weights[i] : 1.0;
+            above += by_mass ? sampling_mass(candidates->weights[i]) : 1;
         keep(candidates, i, kept++);
     }
     candidates->count = kept;
 }
 
-static void keep_weights_from(struct candidates *candidates, double least) {
+static void keep_weights_from(struct candidates *candidates, float least) {
     uint32_t kept = 0;
     for (uint32_t i = 0; i < candidates->count; i++)
         if (candidates->weights[i] >= least)
@@ -206,35 +162,39 @@ static void keep_weights_from(struct candidates *candidates, double least) {
     candidates->count = kept;
 }
 
-static void keep_top_p(struct candidates *candidates, double p) {
-    double total = sum(candidates->weights, candidates->count);
-    /* What is lighter than this weighs less than 1 - p together and cannot be needed; few tokens are left to select. */
-    keep_weights_from(candidates, (1.0 - p) * total / candidates->count);
-    keep_greatest(candidates, true, p * total);
+static void keep_top_p(struct candidates *candidates, float p) {
+    uint64_t total = total_mass(candidates->weights, candidates->count);
+    float weight = (float)total / (float)(1ll << SAMPLING_MASS_BITS);
+    keep_weights_from(candidates, sampling_least_weight(p, weight, candidates->count)); /* few are left to select from */
+    keep_greatest(candidates, true, sampling_share(p, total));
 }
 
-static uint32_t draw(const struct candidates *candidates, uint64_t seed, uint32_t history_length) {
-    const uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+uint64_t sampler_random(const struct sampling *sampling, uint32_t history_length) {
+    const uint32_t key[2] = {(uint32_t)sampling->seed, (uint32_t)(sampling->seed >> 32)};
     uint32_t words[4] = {history_length, 0, 0, 0};
     philox4x32(key, words);
-    double uniform = (double)(((uint64_t)words[0] << 32 | words[1]) >> 11) * 0x1p-53; /* [0, 1) */
-    double left = uniform * sum(candidates->weights, candidates->count);
-    uint32_t last = 0;
+    return (uint64_t)words[0] << 32 | words[1];
+}
+
+static uint32_t draw(const struct candidates *candidates, uint64_t random) {
+    uint64_t target = sampling_target(random, total_mass(candidates->weights, candidates->count));
     for (uint32_t i = 0; i < candidates->count; i++) {
-        if (candidates->weights[i] <= 0)
-            continue;
-        last = i;
-        left -= candidates->weights[i];
-        if (left < 0)
-            break;
+        uint64_t mass = sampling_mass(candidates->weights[i]);
+        if (mass > target)
+            return candidates->ids[i];
+        target -= mass;
     }
-    return candidates->ids[last];
+    return candidates->ids[0]; /* never: the likeliest has a mass */
+}
+
+bool sampler_penalizes(const struct sampling *sampling) {
+    return (sampling->repetition_penalty > 0 && sampling->repetition_penalty != 1) || sampling->presence_penalty != 0 ||
+           sampling->frequency_penalty != 0;
 }
 
 static uint32_t choose(const float *logits, uint32_t vocab_size, const struct sampling *sampling,
                        const uint32_t *history, uint32_t history_length, uint32_t prompt_length, void *scratch) {
-    bool penalties = (sampling->repetition_penalty > 0 && sampling->repetition_penalty != 1) ||
-                     sampling->presence_penalty != 0 || sampling->frequency_penalty != 0;
+    bool penalties = sampler_penalizes(sampling);
     bool greedy = !(sampling->temperature > 0);
     if (greedy && !penalties)
         return greatest_index(logits, vocab_size);
@@ -242,8 +202,7 @@ static uint32_t choose(const float *logits, uint32_t vocab_size, const struct sa
     struct candidates candidates = {.values = scratch, .count = vocab_size};
     candidates.weights = candidates.values + vocab_size;
     candidates.ids = (uint32_t *)(candidates.weights + vocab_size);
-    for (uint32_t i = 0; i < vocab_size; i++)
-        candidates.values[i] = logits[i] + 0.0f; /* -0 becomes 0: they are equal, and their keys must be */
+    memcpy(candidates.values, logits, vocab_size * sizeof(*logits));
     if (penalties)
         apply_penalties(candidates.values, vocab_size, sampling, history, history_length, prompt_length,
                         candidates.ids);
@@ -261,7 +220,7 @@ static uint32_t choose(const float *logits, uint32_t vocab_size, const struct sa
         keep_top_p(&candidates, sampling->top_p);
     if (sampling->min_p > 0)
         keep_weights_from(&candidates, sampling->min_p); /* the likeliest weighs 1 */
-    return draw(&candidates, sampling->seed, history_length);
+    return draw(&candidates, sampler_random(sampling, history_length));
 }
 
 static void list_logprobs(const float *logits, uint32_t vocab_size, uint32_t wanted, float *scratch,
@@ -277,7 +236,8 @@ static void list_logprobs(const float *logits, uint32_t vocab_size, uint32_t wan
     }
     float greatest = logits[out->top_ids[0]];
     exponentiate(logits, vocab_size, greatest, 1.0f, scratch);
-    double log_sum = log_positive(sum(scratch, vocab_size)); /* the greatest adds 1 */
+    double sum = (double)total_mass(scratch, vocab_size) / (double)(1ll << SAMPLING_MASS_BITS); /* the greatest adds 1 */
+    double log_sum = log_positive(sum);
     for (uint32_t i = 0; i < count; i++)
         out->top_logprobs[i] = (float)(((double)logits[out->top_ids[i]] - greatest) - log_sum);
     out->top_count = count;

@@ -1,6 +1,7 @@
 #ifndef MOED_WORKER_SAMPLER_H
 #define MOED_WORKER_SAMPLER_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -25,6 +26,11 @@ struct sampled {
 
 /* Bytes of scratch that sampler_sample needs for a vocabulary. */
 size_t sampler_scratch_bytes(uint32_t vocab_size);
+
+/* Whether the history matters, and not only its length. */
+bool sampler_penalizes(const struct sampling *sampling);
+/* The random bits of the token that follows so many. */
+uint64_t sampler_random(const struct sampling *sampling, uint32_t history_length);
 
 /*
  * Chooses a token from logits[vocab_size]: penalties, then greedy, or temperature, top-k, top-p, min-p and a draw.

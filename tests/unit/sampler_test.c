@@ -4,6 +4,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "kernels/sampling.h"
 #include "tests/tap.h"
 #include "worker/philox.h"
 #include "worker/sampler.h"
@@ -188,6 +189,59 @@ static void test_filters(void) {
     tap_ok(complete, "top-k, top-p and min-p drop no token they should keep");
 }
 
+/* The token by the definition: all sorted, nothing left out early, masses summed one by one. */
+static uint32_t exact_token(const float *logits, uint32_t vocab, const struct sampling *sampling, uint32_t length) {
+    const struct sampling raw = {0};
+    struct entry *sorted = reference_sorted(logits, vocab, &raw, NULL, 0, 0);
+    const float greatest = (float)sorted[0].value;
+    float *weights = calloc(vocab, sizeof(*weights)); /* by id, of what is kept */
+    uint32_t kept = sampling->top_k && sampling->top_k < vocab ? sampling->top_k : vocab, id = 0;
+    uint64_t total = 0, mass = 0;
+    for (uint32_t i = 0; i < kept; i++) {
+        weights[sorted[i].id] = sampling_weight((float)sorted[i].value, greatest, sampling->temperature);
+        total += sampling_mass(weights[sorted[i].id]);
+    }
+    if (sampling->top_p > 0 && sampling->top_p < 1)
+        for (uint32_t i = 0; i < kept; i++) {
+            float *weight = &weights[sorted[i].id];
+            uint64_t own = sampling_mass(*weight);
+            if (mass >= sampling_share(sampling->top_p, total))
+                *weight = 0;
+            mass += own;
+        }
+    total = 0;
+    for (uint32_t i = 0; i < vocab; i++) {
+        if (weights[i] < sampling->min_p)
+            weights[i] = 0;
+        total += sampling_mass(weights[i]);
+    }
+    uint64_t target = sampling_target(sampler_random(sampling, length), total);
+    while (sampling_mass(weights[id]) <= target)
+        target -= sampling_mass(weights[id++]);
+    free(weights);
+    free(sorted);
+    return id;
+}
+
+static void test_exact(void) {
+    uint32_t wrong = 0;
+    for (uint32_t round = 0; round < 3000; round++) {
+        uint32_t vocab = 1 + random_below(round % 50 ? 500 : 20000);
+        float *logits = random_logits(vocab, 0.1f + 10 * random_real() * random_real(), round % 3 == 0);
+        struct sampling sampling = {.temperature = 0.3f + 1.5f * random_real(), .seed = random_u32()};
+        if (random_below(2))
+            sampling.top_k = 1 + random_below(random_below(2) ? 50 : vocab);
+        if (random_below(3))
+            sampling.top_p = random_below(4) ? 0.8f + 0.1999f * random_real() : random_real();
+        if (random_below(3) == 0)
+            sampling.min_p = random_real() * random_real();
+        wrong += sample(logits, vocab, &sampling, NULL, round, 0, 0).token !=
+                 exact_token(logits, vocab, &sampling, round);
+        free(logits);
+    }
+    tap_ok(wrong == 0, "every token is that of the definition (%u are not)", wrong);
+}
+
 static void test_ties(void) {
     const float logits[8] = {1, 2, 2, -0.0f, 2, 0.0f, 2, 0.0f};
     bool top_k = true, zeros = true, top_p = true;
@@ -313,6 +367,7 @@ int main(void) {
     test_greedy();
     test_penalties();
     test_filters();
+    test_exact();
     test_ties();
     test_distribution();
     test_logprobs();
