@@ -65,6 +65,14 @@ struct batch {
     const struct batch_output *outputs;
     uint32_t output_count;
     bool routes; /* fill in the experts of every row */
+    bool profile; /* time each operation, where the executor can; such a step may take longer */
+};
+
+/* What one kind of operation took of a step, all layers together. */
+struct executor_timing {
+    const char *operation;
+    uint32_t calls;
+    double seconds;
 };
 
 /* Owned by the executor and valid until its next step or close. */
@@ -75,6 +83,8 @@ struct batch_result {
     const float *route_weights;         /* the same shape; each token's weights sum to 1 */
     double expert_imbalance; /* rows of a layer's busiest expert over the mean of all experts, on average over layers
                                 that ran all rows; 0: the executor does not tell */
+    const struct executor_timing *timings; /* [timing_count], with batch.profile, in the order they first ran */
+    uint32_t timing_count;                 /* 0: the executor does not tell */
 };
 
 struct executor_ops {

@@ -77,8 +77,13 @@ static void lay_out_scratch(struct executor_cuda *cuda, struct arena *arena) {
     cuda->items =
         arena_take(arena, least(rows * used, rows * used / 8 + config->expert_count), sizeof(struct cuda_item));
     cuda->logits = arena_take(arena, outputs * config->vocab_size, sizeof(float));
-    cuda->greatest_parts = arena_take(arena, outputs * CUDA_GREATEST_PARTS, sizeof(uint64_t));
-    cuda->greatest = arena_take(arena, outputs, sizeof(uint32_t));
+    cuda->greatest_parts = arena_take(arena, outputs * CUDA_SAMPLE_RANKS, sizeof(uint64_t));
+    cuda->busiest = arena_take(arena, config->block_count + outputs, sizeof(uint32_t));
+    cuda->greatest = cuda->busiest + config->block_count;
+    cuda->draws = arena_take(arena, outputs, sizeof *cuda->draws);
+    cuda->history = arena_take(arena, CUDA_HISTORY_TOKENS, sizeof(uint32_t));
+    cuda->draw_parts = arena_take(arena, outputs * CUDA_SAMPLE_PARTS, sizeof *cuda->draw_parts);
+    cuda->draw_list = arena_take(arena, outputs * config->vocab_size, sizeof(uint32_t));
     cuda->cos_sin = arena_take(arena, (size_t)info->context_length * dim, sizeof(float));
 }
 
@@ -97,6 +102,9 @@ static int check_model(const struct model_config *config, struct status *status)
                           config->embedding_length, config->expert_feed_forward_length);
     if (config->embedding_length > 8192 || config->head_count * dim > 8192 || config->expert_feed_forward_length > 8192)
         return status_set(status, STATUS_UNIMPLEMENTED, "rows of more than 8192 activations do not run on CUDA");
+    if (config->vocab_size > CUDA_SAMPLE_VOCAB_MAX)
+        return status_set(status, STATUS_UNIMPLEMENTED, "vocab_size: %u, on CUDA at most %d", config->vocab_size,
+                          CUDA_SAMPLE_VOCAB_MAX);
     if (config->expert_count > CUDA_EXPERTS_MAX || config->expert_used_count > CUDA_EXPERTS_USED_MAX)
         return status_set(status, STATUS_UNIMPLEMENTED,
                           "expert_count, expert_used_count: %u, %u, on CUDA at most %d, %d", config->expert_count,
@@ -195,23 +203,31 @@ static int allocate(struct executor_cuda *cuda, size_t scratch, struct status *s
     error = error ? error
                   : cudaHostAlloc((void **)&cuda->host_logits, outputs * config->vocab_size * sizeof(float),
                                   cudaHostAllocDefault);
-    error =
-        error ? error : cudaHostAlloc((void **)&cuda->host_greatest, outputs * sizeof(uint32_t), cudaHostAllocDefault);
+    error = error ? error
+                  : cudaHostAlloc((void **)&cuda->host_busiest, (config->block_count + outputs) * sizeof(uint32_t),
+                                  cudaHostAllocDefault);
+    error = error ? error
+                  : cudaHostAlloc((void **)&cuda->host_draws, outputs * sizeof *cuda->host_draws, cudaHostAllocDefault);
+    error = error ? error
+                  : cudaHostAlloc((void **)&cuda->host_history, CUDA_HISTORY_TOKENS * sizeof(uint32_t),
+                                  cudaHostAllocDefault);
     error = error ? error
                   : cudaHostAlloc((void **)&cuda->host_route_experts, routes * sizeof(uint32_t), cudaHostAllocDefault);
     error =
         error ? error : cudaHostAlloc((void **)&cuda->host_route_weights, routes * sizeof(float), cudaHostAllocDefault);
     if (error != cudaSuccess)
         return cuda_failed(status, error, "pinned memory");
+    cuda->host_greatest = cuda->host_busiest + config->block_count;
     input.used = 0;
     take_input(&input, cuda, &cuda->host);
     cuda->routes_of_rows = calloc(routes, sizeof *cuda->routes_of_rows);
     cuda->route_weights_of_rows = calloc(routes, sizeof *cuda->route_weights_of_rows);
     cuda->sampled = calloc(outputs, sizeof *cuda->sampled);
     cuda->logits_rows = calloc(outputs, sizeof *cuda->logits_rows);
+    cuda->sample_on_host = calloc(outputs, sizeof *cuda->sample_on_host);
     cuda->sampler_scratch = malloc(thread_pool_size(cuda->pool) * sampler_scratch_bytes(config->vocab_size));
     if (!cuda->routes_of_rows || !cuda->route_weights_of_rows || !cuda->sampled || !cuda->logits_rows ||
-        !cuda->sampler_scratch)
+        !cuda->sample_on_host || !cuda->sampler_scratch)
         return status_set(status, STATUS_RESOURCE_EXHAUSTED, "no memory for a step's results");
     return fill_cos_sin(cuda, status);
 }
@@ -221,18 +237,22 @@ static void cuda_close(struct executor *executor) {
     if (!cuda)
         return;
     cuda_graphs_free(cuda);
+    cuda_profile_free(cuda->profile);
     cuda_weights_free(&cuda->weights);
     cudaFree(cuda->kv);
     cudaFree(cuda->scratch);
     cudaFreeHost(cuda->host.tokens);
     cudaFreeHost(cuda->host_logits);
-    cudaFreeHost(cuda->host_greatest);
+    cudaFreeHost(cuda->host_busiest);
+    cudaFreeHost(cuda->host_draws);
+    cudaFreeHost(cuda->host_history);
     cudaFreeHost(cuda->host_route_experts);
     cudaFreeHost(cuda->host_route_weights);
     free(cuda->routes_of_rows);
     free(cuda->route_weights_of_rows);
     free(cuda->sampled);
     free(cuda->logits_rows);
+    free(cuda->sample_on_host);
     free(cuda->sampler_scratch);
     if (cuda->stream)
         cudaStreamDestroy(cuda->stream);

@@ -71,34 +71,58 @@ struct executor_cuda {
         *cos_sin;
     void *q;
     struct cuda_activation normed, mixed; /* mixed: of attention's output and of the experts' hidden rows */
-    uint32_t *route_experts, *order, *item_count, *greatest;
+    uint32_t *route_experts, *order, *item_count;
+    uint32_t *busiest, *greatest; /* [layers], and behind it [max_outputs]: the tokens chosen */
     uint64_t *greatest_parts;
     struct cuda_item *items;
     size_t partial_floats;
+
+    /* Of outputs that the device samples, but for those that only want the greatest logit. */
+    struct cuda_draw *draws, *host_draws; /* [max_outputs]; host: pinned */
+    uint32_t *history, *host_history;     /* [CUDA_HISTORY_TOKENS]; host: pinned */
+    struct cuda_part *draw_parts;
+    uint32_t *draw_list;
+    uint32_t draw_count, penalized_count, history_count; /* of this step */
+    bool *sample_on_host;                                /* [max_outputs] */
 
     struct cuda_graph *graphs;
     uint32_t graph_count;
 
     /* Results on the host. */
     float *host_logits;      /* pinned; [max_outputs][vocab] */
-    uint32_t *host_greatest; /* pinned */
+    uint32_t *host_busiest, *host_greatest; /* pinned; as busiest and greatest */
     uint32_t *host_route_experts, *routes_of_rows;
     float *host_route_weights, *route_weights_of_rows;
     struct sampled *sampled;
     const float **logits_rows;
     unsigned char *sampler_scratch; /* one for each thread */
+    struct cuda_profile *profile;   /* NULL before the first step with batch.profile */
+    bool profiling;                 /* this step is one */
 };
+
+/* Tokens of penalized sequences that a step has room for; sequences beyond are sampled on the host, to the same token. */
+enum { CUDA_HISTORY_TOKENS = 1 << 20 };
 
 /* A CUDA error as a status: what was being done, and the runtime's own words. Returns -1. */
 int cuda_failed(struct status *status, cudaError_t error, const char *what);
 
 /* Enqueues one forward pass over device.* . */
 cudaError_t cuda_forward(struct executor_cuda *cuda, const struct cuda_shape *shape);
+/* Captures the forward pass of a shape; graph->exec is to be destroyed. */
+cudaError_t cuda_graph_capture(struct executor_cuda *cuda, struct cuda_graph *graph);
 /* Captures the forward pass of every decode shape. */
 int cuda_graphs_capture(struct executor_cuda *cuda, struct status *status);
 /* The graph for so many decode rows and such a context, or NULL. */
 const struct cuda_graph *cuda_graph_find(const struct executor_cuda *cuda, uint32_t rows, uint32_t context_limit);
 void cuda_graphs_free(struct executor_cuda *cuda);
+
+/* Notes, while profiling, that what was enqueued since the last mark was this operation; NULL: it was none. */
+cudaError_t cuda_mark(struct executor_cuda *cuda, const char *operation);
+/* Runs a forward pass with marks, as a graph of its own: launches one by one could keep the device waiting. */
+cudaError_t cuda_profile_forward(struct executor_cuda *cuda, const struct cuda_shape *shape);
+/* The step's times, once the device is done with it. */
+cudaError_t cuda_profile_read(struct executor_cuda *cuda, const struct executor_timing **timings, uint32_t *count);
+void cuda_profile_free(struct cuda_profile *profile);
 
 int cuda_step(struct executor *executor, const struct batch *batch, struct batch_result *result, struct status *status);
 

@@ -62,18 +62,25 @@ static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape
     cudaError_t error = cudaSuccess;
     if (many) {
         error = cuda_interleave(x->half, config->embedding_length, n, cuda->stream);
+        error = error ? error : cuda_mark(cuda, "interleave");
         for (int i = 0; i < 3 && error == cudaSuccess; i++)
             error = cuda_matmul_many(&qkv[i], cuda->stream);
     } else {
         error = cuda_matmul_parts(qkv, 3, cuda->stream);
     }
+    error = error ? error : cuda_mark(cuda, "q, k, v");
     error = error ? error
                   : cuda_rope(&cuda->heads, &rows, cuda->qkv, layer->attn_q_norm, layer->attn_k_norm,
                               config->rms_epsilon, cuda->cos_sin, cuda->q, cache, cuda->stream);
+    error = error ? error : cuda_mark(cuda, "rope");
     error = error ? error : cuda_attention(&a, cuda->stream);
-    if (many)
+    error = error ? error : cuda_mark(cuda, "attention");
+    if (many) {
         error = error ? error : cuda_interleave(cuda->mixed.half, q_width, n, cuda->stream);
-    return error ? error : many ? cuda_matmul_many(&output, cuda->stream) : cuda_matmul(&output, cuda->stream);
+        error = error ? error : cuda_mark(cuda, "interleave");
+    }
+    error = error ? error : many ? cuda_matmul_many(&output, cuda->stream) : cuda_matmul(&output, cuda->stream);
+    return error ? error : cuda_mark(cuda, "output");
 }
 
 static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *shape, uint32_t l) {
@@ -120,17 +127,24 @@ static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *
     };
 
     cudaError_t error = cuda_route(&route, cuda->stream);
-    if (many)
+    error = error ? error : cuda_mark(cuda, "norm and route");
+    if (many) {
         error = error ? error : cuda_interleave(cuda->normed.half, length, shape->rows, cuda->stream);
+        error = error ? error : cuda_mark(cuda, "interleave");
+    }
     error = error ? error : matmul(&m, cuda->stream);
     if (layer->up.tiles) {
         m.w = &layer->up;
         m.epilogue = CUDA_GATED;
         error = error ? error : matmul(&m, cuda->stream);
     }
+    error = error ? error : cuda_mark(cuda, "gate, up");
     error = error ? error : cuda_round(cuda->hidden, hidden, shape->rows * used, &cuda->mixed, cuda->stream);
-    if (many)
+    error = error ? error : cuda_mark(cuda, "round");
+    if (many) {
         error = error ? error : cuda_interleave(cuda->mixed.half, hidden, shape->rows * used, cuda->stream);
+        error = error ? error : cuda_mark(cuda, "interleave");
+    }
     m.w = &layer->down;
     m.x = cuda->mixed.half;
     m.x_scale = cuda->mixed.scale;
@@ -139,7 +153,8 @@ static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *
     m.epilogue = CUDA_STORE;
     m.x_divisor = 1;
     m.items_early = !many; /* cuda_round stands between */
-    return error ? error : matmul(&m, cuda->stream);
+    error = error ? error : matmul(&m, cuda->stream);
+    return error ? error : cuda_mark(cuda, "down");
 }
 
 /* Adds what layer l - 1's experts made to x, and norms it for layer l; behind the last layer only rows with an output. */
@@ -158,14 +173,17 @@ static cudaError_t norm_layer(struct executor_cuda *cuda, const struct cuda_shap
         norm.weights = cuda->route_weights + (size_t)(l - 1) * cuda->base.info.step_tokens * config->expert_used_count;
         norm.used = config->expert_used_count;
     }
-    return cuda_norm(&norm, cuda->stream);
+    cudaError_t error = cuda_norm(&norm, cuda->stream);
+    return error ? error : cuda_mark(cuda, "norm");
 }
 
 cudaError_t cuda_forward(struct executor_cuda *cuda, const struct cuda_shape *shape) {
     const struct model_config *config = &cuda->model->config;
-    cudaError_t error =
-        cuda_embed(cuda->model->token_embd.type, cuda->weights.embedding, cuda->weights.embedding_row_bytes,
-                   config->embedding_length, cuda->device.tokens, shape->rows, cuda->x, cuda->stream);
+    cudaError_t error = cuda_mark(cuda, NULL);
+    error = error ? error
+                  : cuda_embed(cuda->model->token_embd.type, cuda->weights.embedding, cuda->weights.embedding_row_bytes,
+                               config->embedding_length, cuda->device.tokens, shape->rows, cuda->x, cuda->stream);
+    error = error ? error : cuda_mark(cuda, "embed");
     for (uint32_t l = 0; l < config->block_count && error == cudaSuccess; l++) {
         error = norm_layer(cuda, shape, l);
         error = error ? error : attention(cuda, shape, l);
@@ -177,12 +195,14 @@ cudaError_t cuda_forward(struct executor_cuda *cuda, const struct cuda_shape *sh
     const struct cuda_matmul head = projection(&cuda->weights.head, &cuda->normed, shape->outputs, cuda->logits,
                                                config->vocab_size, CUDA_STORE);
     error = error ? error : cuda_matmul(&head, cuda->stream);
-    return error ? error
-                 : cuda_greatest(cuda->logits, config->vocab_size, shape->outputs, cuda->greatest_parts,
-                                 cuda->greatest, cuda->stream);
+    error = error ? error : cuda_mark(cuda, "head");
+    error = error ? error
+                  : cuda_greatest(cuda->logits, config->vocab_size, shape->outputs, cuda->greatest_parts,
+                                  cuda->greatest, cuda->stream);
+    return error ? error : cuda_mark(cuda, "greatest");
 }
 
-static cudaError_t capture(struct executor_cuda *cuda, struct cuda_graph *graph) {
+cudaError_t cuda_graph_capture(struct executor_cuda *cuda, struct cuda_graph *graph) {
     cudaGraph_t captured = NULL;
     cudaError_t error = cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal);
     if (error != cudaSuccess)
@@ -214,7 +234,7 @@ int cuda_graphs_capture(struct executor_cuda *cuda, struct status *status) {
             struct cuda_graph *graph = &cuda->graphs[cuda->graph_count];
             graph->shape = (struct cuda_shape){
                 .rows = rows, .tiles = rows, .outputs = rows, .context_limit = limit, .split = true};
-            cudaError_t error = capture(cuda, graph);
+            cudaError_t error = cuda_graph_capture(cuda, graph);
             if (error != cudaSuccess)
                 return cuda_failed(status, error, "capture of a decode step");
             cuda->graph_count++;

@@ -51,51 +51,135 @@ static void pad_input(const struct executor_cuda *cuda, uint32_t rows, uint32_t 
     }
 }
 
+/* Whether the device's greatest logit is the token. */
+static bool greatest_is_enough(const struct sampling *sampling) {
+    return !(sampling->temperature > 0) && !sampler_penalizes(sampling);
+}
+
+/* Puts an output among the step's draws, with its history where it has penalties. */
+static void add_draw(struct executor_cuda *cuda, const struct batch_output *output, uint32_t row, bool penalizes) {
+    const struct sampling *sampling = output->sampling;
+    struct cuda_draw draw = {
+        .random = sampler_random(sampling, output->history_length),
+        .temperature = sampling->temperature,
+        .top_p = sampling->top_p,
+        .min_p = sampling->min_p,
+        .top_k = sampling->top_k,
+        .row = row,
+    };
+    if (penalizes) {
+        draw.repetition_penalty = sampling->repetition_penalty;
+        draw.presence_penalty = sampling->presence_penalty;
+        draw.frequency_penalty = sampling->frequency_penalty;
+        draw.history = cuda->history_count;
+        draw.history_length = output->history_length;
+        draw.prompt_length = output->prompt_length;
+        memcpy(cuda->host_history + cuda->history_count, output->history,
+               output->history_length * sizeof *cuda->host_history);
+        cuda->history_count += output->history_length;
+        cuda->penalized_count++;
+    }
+    cuda->host_draws[cuda->draw_count++] = draw;
+}
+
+/* Settles where each output is sampled. Those with penalties come first among the draws. */
+static void plan_sampling(struct executor_cuda *cuda, const struct batch *batch) {
+    cuda->draw_count = cuda->penalized_count = cuda->history_count = 0;
+    for (int penalizes = 1; penalizes >= 0; penalizes--)
+        for (uint32_t i = 0; i < batch->output_count; i++) {
+            const struct batch_output *output = &batch->outputs[i];
+            if (!output->sampling || sampler_penalizes(output->sampling) != penalizes)
+                continue;
+            cuda->sample_on_host[i] =
+                output->logprobs > 0 ||
+                (penalizes && output->history_length > CUDA_HISTORY_TOKENS - cuda->history_count);
+            if (!cuda->sample_on_host[i] && !greatest_is_enough(output->sampling))
+                add_draw(cuda, output, i, penalizes);
+        }
+}
+
+/* Brings the inputs over and runs the forward pass. */
 static cudaError_t run(struct executor_cuda *cuda, const struct batch *batch) {
     const struct cuda_shape shape = fill_input(cuda, batch);
     const bool decode = batch->rows == batch->sequence_count && batch->rows == batch->output_count;
     const struct cuda_graph *graph = decode ? cuda_graph_find(cuda, shape.rows, shape.context_limit) : NULL;
     if (graph)
         pad_input(cuda, shape.rows, graph->shape.rows);
+    plan_sampling(cuda, batch);
+    cuda->profiling = false;
     cudaError_t error = cudaMemcpyAsync(cuda->device.tokens, cuda->host.tokens, cuda->input_bytes,
+                                        cudaMemcpyHostToDevice, cuda->stream);
+    if (cuda->draw_count > 0)
+        error = error ? error
+                      : cudaMemcpyAsync(cuda->draws, cuda->host_draws, cuda->draw_count * sizeof *cuda->draws,
+                                        cudaMemcpyHostToDevice, cuda->stream);
+    if (cuda->history_count > 0)
+        error = error ? error
+                      : cudaMemcpyAsync(cuda->history, cuda->host_history, cuda->history_count * sizeof *cuda->history,
                                         cudaMemcpyHostToDevice, cuda->stream);
     if (error != cudaSuccess)
         return error;
+    if (batch->profile)
+        return cuda_profile_forward(cuda, graph ? &graph->shape : &shape);
     return graph ? cudaGraphLaunch(graph->exec, cuda->stream) : cuda_forward(cuda, &shape);
 }
 
-/* Whether the device's greedy choice is all that is wanted of an output. */
-static bool greatest_is_enough(const struct batch_output *output) {
-    const struct sampling *s = output->sampling;
-    return !output->logits && output->logprobs == 0 &&
-           (!s || (s->temperature == 0 && (s->repetition_penalty == 0 || s->repetition_penalty == 1) &&
-                   s->presence_penalty == 0 && s->frequency_penalty == 0));
+/* The tokens of the draws. Their penalties change logits: these must be on their way home before. */
+static cudaError_t sample(struct executor_cuda *cuda) {
+    const struct cuda_sample arguments = {
+        .logits = cuda->logits,
+        .vocab = cuda->model->config.vocab_size,
+        .draws = cuda->draws,
+        .count = cuda->draw_count,
+        .penalized = cuda->penalized_count,
+        .history = cuda->history,
+        .ranks = cuda->greatest_parts,
+        .parts = cuda->draw_parts,
+        .list = cuda->draw_list,
+        .ids = cuda->greatest,
+    };
+    cudaError_t error = cuda->draw_count > 0 ? cuda_sample(&arguments, cuda->stream) : cudaSuccess;
+    return error || cuda->draw_count == 0 ? error : cuda_mark(cuda, "sample");
 }
 
-/* Brings home what the outputs ask for: a token each, and logits of some. */
+/* Samples, and brings home what is wanted: a token of each output, logits of some, how experts were chosen. */
 static cudaError_t fetch(struct executor_cuda *cuda, const struct batch *batch) {
     const struct model_config *config = &cuda->model->config;
-    const uint32_t used = config->expert_used_count;
-    cudaError_t error = cudaSuccess;
-    if (batch->output_count > 0)
-        error = cudaMemcpyAsync(cuda->host_greatest, cuda->greatest, batch->output_count * sizeof *cuda->greatest,
-                                cudaMemcpyDeviceToHost, cuda->stream);
+    const uint32_t layers = config->block_count;
+    const size_t stride = (size_t)cuda->base.info.step_tokens * config->expert_used_count; /* of a layer's routes */
+    const size_t routes = (size_t)batch->rows * config->expert_used_count;
+    cudaError_t error = cuda_busiest(cuda->route_experts, layers, stride, (uint32_t)routes, cuda->busiest, cuda->stream);
+    error = error ? error : cuda_mark(cuda, "busiest");
     for (uint32_t i = 0; i < batch->output_count && error == cudaSuccess; i++) {
         const size_t at = (size_t)i * config->vocab_size;
-        if (!greatest_is_enough(&batch->outputs[i]))
+        if (batch->outputs[i].logits || (batch->outputs[i].sampling && cuda->sample_on_host[i]))
             error = cudaMemcpyAsync(cuda->host_logits + at, cuda->logits + at, config->vocab_size * sizeof(float),
                                     cudaMemcpyDeviceToHost, cuda->stream);
     }
-    for (uint32_t l = 0; batch->routes && l < config->block_count && error == cudaSuccess; l++) {
-        const size_t from = (size_t)l * cuda->base.info.step_tokens * used, to = (size_t)l * batch->rows * used;
-        const size_t count = (size_t)batch->rows * used;
-        error = cudaMemcpyAsync(cuda->host_route_experts + to, cuda->route_experts + from, count * sizeof(uint32_t),
-                                cudaMemcpyDeviceToHost, cuda->stream);
+    error = error ? error : sample(cuda);
+    error = error ? error
+                  : cudaMemcpyAsync(cuda->host_busiest, cuda->busiest, (layers + batch->output_count) * sizeof(uint32_t),
+                                    cudaMemcpyDeviceToHost, cuda->stream);
+    if (batch->routes) {
         error = error ? error
-                      : cudaMemcpyAsync(cuda->host_route_weights + to, cuda->route_weights + from,
-                                        count * sizeof(float), cudaMemcpyDeviceToHost, cuda->stream);
+                      : cudaMemcpy2DAsync(cuda->host_route_experts, routes * sizeof(uint32_t), cuda->route_experts,
+                                          stride * sizeof(uint32_t), routes * sizeof(uint32_t), layers,
+                                          cudaMemcpyDeviceToHost, cuda->stream);
+        error = error ? error
+                      : cudaMemcpy2DAsync(cuda->host_route_weights, routes * sizeof(float), cuda->route_weights,
+                                          stride * sizeof(float), routes * sizeof(float), layers,
+                                          cudaMemcpyDeviceToHost, cuda->stream);
     }
     return error ? error : cudaStreamSynchronize(cuda->stream);
+}
+
+static double imbalance(const struct executor_cuda *cuda, uint32_t rows) {
+    const struct model_config *config = &cuda->model->config;
+    const double mean = (double)rows * config->expert_used_count / config->expert_count;
+    uint64_t sum = 0;
+    for (uint32_t l = 0; l < config->block_count; l++)
+        sum += cuda->host_busiest[l];
+    return (double)sum / config->block_count / mean;
 }
 
 /* [layer][row][used] becomes [row][layer][used]. */
@@ -122,7 +206,7 @@ static void sample_outputs(void *context, uint32_t first, uint32_t end, uint32_t
         const struct batch_output *output = &job->batch->outputs[i];
         if (!output->sampling)
             continue;
-        if (greatest_is_enough(output))
+        if (!cuda->sample_on_host[i])
             cuda->sampled[i] = (struct sampled){.token = cuda->host_greatest[i]};
         else
             sampler_sample(cuda->host_logits + (size_t)i * vocab, vocab, output->sampling, output->history,
@@ -136,8 +220,12 @@ int cuda_step(struct executor *executor, const struct batch *batch, struct batch
     struct executor_cuda *cuda = (struct executor_cuda *)executor;
     assert(batch->rows > 0 && batch->rows <= cuda->base.info.step_tokens);
     assert(batch->output_count <= cuda->base.info.max_outputs && batch->output_count <= batch->rows);
+    const struct executor_timing *timings = NULL;
+    uint32_t timing_count = 0;
     cudaError_t error = run(cuda, batch);
     error = error ? error : fetch(cuda, batch);
+    if (batch->profile)
+        error = error ? error : cuda_profile_read(cuda, &timings, &timing_count);
     if (error != cudaSuccess)
         return cuda_failed(status, error, "step");
     for (uint32_t i = 0; i < batch->output_count; i++) {
@@ -155,6 +243,9 @@ int cuda_step(struct executor *executor, const struct batch *batch, struct batch
         .logits = cuda->logits_rows,
         .route_experts = batch->routes ? cuda->routes_of_rows : NULL,
         .route_weights = batch->routes ? cuda->route_weights_of_rows : NULL,
+        .expert_imbalance = imbalance(cuda, batch->rows),
+        .timings = timings,
+        .timing_count = timing_count,
     };
     return 0;
 }

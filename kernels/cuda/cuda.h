@@ -217,11 +217,53 @@ cudaError_t cuda_route(const struct cuda_route *arguments, cudaStream_t stream);
 
 /*
  * ids[row] = the first index of the greatest of logits[row][vocab]; UINT32_MAX where a logit is not finite.
- * partial: room for CUDA_GREATEST_PARTS of each row.
+ * ranks: [rows][CUDA_SAMPLE_RANKS] for cuda_sample: the greatest of as many shares of the row.
  */
-enum { CUDA_GREATEST_PARTS = 32 };
-cudaError_t cuda_greatest(const float *logits, uint32_t vocab, uint32_t rows, uint64_t *partial, uint32_t *ids,
+enum {
+    CUDA_SAMPLE_PARTS = 32,
+    CUDA_SAMPLE_RANKS = 16 * CUDA_SAMPLE_PARTS,
+    CUDA_SAMPLE_VOCAB_MAX = 1024 * CUDA_SAMPLE_RANKS, /* of cuda_sample */
+};
+cudaError_t cuda_greatest(const float *logits, uint32_t vocab, uint32_t rows, uint64_t *ranks, uint32_t *ids,
                           cudaStream_t stream);
+
+/* How a row is sampled: struct sampling and the history of worker/sampler.h. */
+struct cuda_draw {
+    uint64_t random; /* sampler_random() */
+    float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+    uint32_t top_k;
+    uint32_t row;                                     /* of logits and ids; no two have the same */
+    uint32_t history, history_length, prompt_length; /* with penalties: tokens history[history .. + history_length) */
+};
+
+/* The listed tokens of one of a row's CUDA_SAMPLE_PARTS: scratch of cuda_sample. */
+struct cuda_part {
+    uint64_t mass;
+    uint32_t count;
+};
+
+/*
+ * ids[row] = the token that sampler_sample chooses from logits[row][vocab], for rows of which cuda_greatest has made ranks
+ * and ids; UINT32_MAX stays. Logits of rows with penalties are changed. All pointers but the struct are device memory.
+ */
+struct cuda_sample {
+    float *logits;
+    uint32_t vocab;
+    const struct cuda_draw *draws; /* [count]; the first `penalized` are those with penalties */
+    uint32_t count, penalized;
+    const uint32_t *history;
+    uint64_t *ranks;
+    struct cuda_part *parts; /* [rows][CUDA_SAMPLE_PARTS] */
+    uint32_t *list;          /* [rows][vocab] */
+    uint32_t *ids;
+};
+cudaError_t cuda_sample(const struct cuda_sample *arguments, cudaStream_t stream);
+
+/*
+ * busiest[layer] = how many of the layer's `assignments` the expert with most of them has; chosen: [layers][stride].
+ */
+cudaError_t cuda_busiest(const uint32_t *chosen, uint32_t layers, size_t stride, uint32_t assignments, uint32_t *busiest,
+                         cudaStream_t stream);
 
 #ifdef __cplusplus
 }

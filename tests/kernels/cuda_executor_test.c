@@ -1,6 +1,6 @@
 /*
  * The CUDA executor: against the float64 reference on models of several formats, and what a sequence gets is its own to the
- * bit, token by token in captured graphs, in chunks, in ragged batches with others.
+ * bit, token by token in captured graphs, in chunks, in ragged batches with others, sampled as the CPU samples.
  */
 #include <inttypes.h>
 
@@ -146,6 +146,98 @@ static void test_many_rows(const char *what, const struct synth_shape *shape, co
     model_close(model);
 }
 
+/* Sequences with more history than a step has room for get the same tokens as others. */
+static void test_histories(const char *what, const struct synth_shape *shape) {
+    enum { LONG = (1 << 20) - 50, ROWS = 4 };
+    struct model *model = model_make(shape, "q4_k_m", false);
+    const struct executor_options options = options_make("auto", 2, "auto");
+    struct executor *executor = executor_make(&executor_cuda, model, &options);
+    const uint32_t vocab = model->config.vocab_size, lengths[ROWS] = {40, LONG, 40, 5};
+    uint32_t tokens[ROWS], block = 0, *history = malloc(LONG * sizeof *history);
+    struct sampling samplings[ROWS];
+    struct batch_output outputs[ROWS];
+    struct batch_result result;
+    struct status status = {0};
+    for (uint32_t i = 0; i < LONG; i++)
+        history[i] = random_below(vocab / 2);
+    for (uint32_t i = 0; i < ROWS; i++) {
+        tokens[i] = random_below(vocab);
+        samplings[i] = (struct sampling){.temperature = 1, .frequency_penalty = 1e-3f, .seed = i};
+        outputs[i] = (struct batch_output){.row = i,
+                                           .sampling = &samplings[i],
+                                           .history = history,
+                                           .history_length = lengths[i],
+                                           .prompt_length = 3,
+                                           .logits = true};
+    }
+    const struct batch_sequence sequence = {.rows = ROWS, .blocks = &block, .block_count = 1};
+    const struct batch batch = {.tokens = tokens,
+                                .rows = ROWS,
+                                .sequences = &sequence,
+                                .sequence_count = 1,
+                                .outputs = outputs,
+                                .output_count = ROWS};
+    bool right = executor->ops->step(executor, &batch, &result, &status) == 0;
+    for (uint32_t i = 0; i < ROWS && right; i++)
+        right = sampled_right(&outputs[i], result.logits[i], vocab, &result.sampled[i]);
+    tap_ok(right, "%s: penalties of histories that are too long for the device%s", what, status.message);
+    executor->ops->close(executor);
+    free(history);
+    model_close(model);
+}
+
+/* A profiled step computes what any other does, and has times of all its layers. */
+static void test_profile(const char *what, const struct synth_shape *shape) {
+    enum { ROWS = 20 };
+    struct model *model = model_make(shape, "q4_k_m", false);
+    const struct executor_options options = options_make("auto", 2, "auto");
+    struct executor *executor = executor_make(&executor_cuda, model, &options);
+    const uint32_t vocab = model->config.vocab_size;
+    const struct sampling sampling = {.temperature = 1, .top_k = 20};
+    uint32_t tokens[ROWS], block = 0, attentions = 0, samples = 0;
+    float *logits = malloc(vocab * sizeof *logits);
+    bool same = true, sane = true;
+    for (uint32_t i = 0; i < ROWS; i++)
+        tokens[i] = random_below(vocab);
+    for (uint32_t step = 0; step < 6; step++) {
+        const uint32_t rows = step < 3 ? ROWS : 1, position = step < 3 ? 0 : ROWS;
+        const struct batch_sequence sequence = {
+            .position = position, .rows = rows, .blocks = &block, .block_count = 1};
+        const struct batch_output output = {.row = rows - 1, .sampling = &sampling, .logits = true};
+        const struct batch batch = {.tokens = tokens,
+                                    .rows = rows,
+                                    .sequences = &sequence,
+                                    .sequence_count = 1,
+                                    .outputs = &output,
+                                    .output_count = 1,
+                                    .profile = step % 3 > 0};
+        struct batch_result result;
+        struct status status = {0};
+        if (executor->ops->step(executor, &batch, &result, &status) < 0) {
+            tap_note("%s", status.message);
+            same = false;
+            break;
+        }
+        if (batch.profile)
+            same = same && same_bits(logits, result.logits[0], vocab);
+        else
+            memcpy(logits, result.logits[0], vocab * sizeof *logits);
+        sane = sane && (result.timing_count > 0) == batch.profile;
+        for (uint32_t i = 0; i < result.timing_count; i++) {
+            const struct executor_timing *timing = &result.timings[i];
+            sane = sane && timing->seconds > 0 && timing->seconds < 1;
+            attentions += strcmp(timing->operation, "attention") == 0 ? timing->calls : 0;
+            samples += strcmp(timing->operation, "sample") == 0 ? timing->calls : 0;
+        }
+    }
+    tap_ok(same, "%s: profiled steps give the same bits", what);
+    tap_ok(sane && attentions == 4 * model->config.block_count && samples == 4, "%s: and times of every operation",
+           what);
+    executor->ops->close(executor);
+    free(logits);
+    model_close(model);
+}
+
 int main(void) {
     if (!executor_cuda.answers()) {
         printf("1..0 # SKIP no CUDA device\n");
@@ -153,6 +245,8 @@ int main(void) {
     }
     log_setup("cuda_executor_test", LOG_WARN, LOG_TEXT);
     random_begin();
+    test_histories("tiny", &shape_tiny);
+    test_profile("tiny", &shape_tiny);
     test_parity("tiny q4_k_m", &shape_tiny, "q4_k_m", false);
     test_parity("tiny q5_k", &shape_tiny, "q5_k", true);
     test_parity("tiny q6_k", &shape_tiny, "q6_k", false);

@@ -127,17 +127,38 @@ static bool routes_are_sane(const struct model *model, const struct text *text) 
     return true;
 }
 
-static uint32_t argmax(const float *x, uint32_t n) {
-    uint32_t best = 0;
-    for (uint32_t i = 1; i < n; i++)
-        if (x[i] > x[best])
-            best = i;
-    return best;
+/* Any way of sampling, greedy often. */
+static struct sampling random_sampling(void) {
+    struct sampling sampling = {.seed = random_below(1000)};
+    if (random_below(3) > 0)
+        sampling.temperature = (1 + (float)random_below(20)) / 10;
+    if (random_below(2))
+        sampling.top_k = 1 + random_below(60);
+    if (random_below(2))
+        sampling.top_p = (50 + (float)random_below(50)) / 100;
+    if (random_below(4) == 0)
+        sampling.min_p = 0.1f;
+    if (random_below(4) == 0)
+        sampling.repetition_penalty = 1.3f;
+    if (random_below(4) == 0)
+        sampling.frequency_penalty = 0.5f;
+    return sampling;
+}
+
+/* Whether an output got what the sampler makes of its logits. */
+static bool sampled_right(const struct batch_output *output, const float *logits, uint32_t vocab,
+                          const struct sampled *sampled) {
+    struct sampled expected;
+    void *scratch = malloc(sampler_scratch_bytes(vocab));
+    sampler_sample(logits, vocab, output->sampling, output->history, output->history_length, output->prompt_length,
+                   output->logprobs, scratch, &expected);
+    free(scratch);
+    return memcmp(&expected, sampled, sizeof expected) == 0;
 }
 
 /* One step of random rows of all runs, held against what each text gave alone. */
 static bool ragged_step(struct executor *executor, const struct model *model, struct run *runs, struct pool *pool) {
-    static const struct sampling greedy = {0};
+    struct sampling samplings[96];
     uint32_t tokens[96], rows = 0, count = 0, output_count = 0, vocab = model->config.vocab_size;
     struct batch_sequence sequences[SLOTS];
     struct batch_output outputs[96];
@@ -156,12 +177,17 @@ static bool ragged_step(struct executor *executor, const struct model *model, st
             tokens[rows] = run->text->tokens[at];
             if (output_count < outputs_room && (i == n - 1 ? random_below(4) : !random_below(8))) {
                 expected[output_count] = run->text->logits + (size_t)at * vocab;
-                outputs[output_count++] = (struct batch_output){.row = rows,
-                                                                .sampling = random_below(2) ? &greedy : NULL,
-                                                                .history = run->text->tokens,
-                                                                .history_length = at + 1,
-                                                                .prompt_length = 1,
-                                                                .logits = true};
+                samplings[output_count] = random_sampling();
+                outputs[output_count] = (struct batch_output){
+                    .row = rows,
+                    .sampling = random_below(2) ? &samplings[output_count] : NULL,
+                    .history = run->text->tokens,
+                    .history_length = at + 1,
+                    .prompt_length = 1,
+                    .logprobs = random_below(8) ? 0 : 3,
+                    .logits = true,
+                };
+                output_count++;
             }
         }
         run->position += n;
@@ -184,7 +210,7 @@ static bool ragged_step(struct executor *executor, const struct model *model, st
     for (uint32_t i = 0; i < output_count; i++) {
         if (!same_bits(result.logits[i], expected[i], vocab))
             return false;
-        if (outputs[i].sampling && result.sampled[i].token != argmax(expected[i], vocab))
+        if (outputs[i].sampling && !sampled_right(&outputs[i], expected[i], vocab, &result.sampled[i]))
             return false;
     }
     return true;
