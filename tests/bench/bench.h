@@ -28,6 +28,8 @@ struct bench_options {
     uint32_t device;     /* as in executor_options */
     const char *repack;  /* as in executor_options */
     uint32_t step_tokens; /* most rows of a step */
+    bool sample;          /* draw tokens, and do not take the likeliest */
+    bool profile;         /* print the times of a step's operations */
     const struct bench_case *cases;
     uint32_t case_count;
 };
@@ -40,5 +42,22 @@ int bench_kernels(const struct bench_options *options, struct thread_pool *pool,
  */
 int bench_model(const struct bench_options *options, struct thread_pool *pool, const struct machine *machine,
                 struct status *status);
+
+/* What each operation takes of a step, in the median of some steps. All zero is an empty one. */
+enum { PROFILE_STEPS = 7, PROFILE_OPERATIONS = 32 };
+
+struct profile {
+    uint32_t steps, count;
+    struct profile_operation {
+        const char *name; /* the executor's */
+        uint32_t calls;
+        double seconds[PROFILE_STEPS]; /* 0 in a step that did not have it */
+    } operations[PROFILE_OPERATIONS];
+};
+
+/* Takes up a step's times; beyond PROFILE_STEPS steps nothing. */
+void profile_add(struct profile *profile, const struct batch_result *result);
+/* As a table, or as a member of the case's JSON object; `what` is "prefill" or "decode". */
+void profile_print(const struct profile *profile, const char *what, bool json);
 
 #endif

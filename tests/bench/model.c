@@ -18,6 +18,7 @@ struct runner {
     struct executor *executor;
     uint64_t random;
     struct bench_case now;
+    struct sampling sampling;
     uint32_t *tokens;        /* of a step */
     uint32_t *history;       /* of all sequences: without penalties only its length matters */
     uint32_t *blocks;        /* [batch][blocks_each] */
@@ -29,7 +30,7 @@ struct runner {
 
 struct figures {
     double prefill, decode; /* seconds */
-    double experts;         /* distinct ones of a layer, in the mean of all decode steps */
+    double experts;         /* distinct ones of a layer, in a decode step */
     double read;            /* bytes per second that memory gave between the runs */
 };
 
@@ -62,10 +63,12 @@ static uint32_t random_token(struct runner *runner) {
     return (uint32_t)((runner->random >> 33) % runner->model->config.vocab_size);
 }
 
+/* What else is wanted of a step; neither goes with its time. */
+enum extra { NOTHING, ROUTES, TIMINGS };
+
 /* One step of `rows` rows for each sequence, with an output for each one's last row. Returns its seconds, or -1. */
-static double step(struct runner *runner, uint32_t position, uint32_t rows, bool outputs, struct batch_result *result,
-                   struct status *status) {
-    static const struct sampling greedy;
+static double step(struct runner *runner, uint32_t position, uint32_t rows, bool outputs, enum extra extra,
+                   struct batch_result *result, struct status *status) {
     const uint32_t count = runner->now.batch;
     for (uint32_t s = 0; s < count; s++) {
         runner->sequences[s] = (struct batch_sequence){
@@ -73,7 +76,7 @@ static double step(struct runner *runner, uint32_t position, uint32_t rows, bool
             .blocks = runner->blocks + (size_t)s * runner->blocks_each, .block_count = runner->blocks_each,
         };
         runner->outputs[s] = (struct batch_output){
-            .row = (s + 1) * rows - 1, .sampling = &greedy,
+            .row = (s + 1) * rows - 1, .sampling = &runner->sampling,
             .history = runner->history, .history_length = position + rows, .prompt_length = runner->now.prompt,
         };
     }
@@ -83,7 +86,7 @@ static double step(struct runner *runner, uint32_t position, uint32_t rows, bool
         .tokens = runner->tokens, .rows = count * rows,
         .sequences = runner->sequences, .sequence_count = count,
         .outputs = runner->outputs, .output_count = outputs ? count : 0,
-        .routes = rows == 1,
+        .routes = extra == ROUTES, .profile = extra == TIMINGS,
     };
     uint64_t began = clock_now_ns();
     if (runner->executor->ops->step(runner->executor, &batch, result, status) < 0)
@@ -91,16 +94,20 @@ static double step(struct runner *runner, uint32_t position, uint32_t rows, bool
     return (double)(clock_now_ns() - began) / 1e9;
 }
 
-/* The prompts, in as few steps as they take. Returns the seconds, or -1. */
-static double prefill(struct runner *runner, struct status *status) {
+/* The prompts, in as few steps as they take; the first step's times go to a profile, if given. The seconds, or -1. */
+static double prefill(struct runner *runner, struct profile *profile, struct status *status) {
     const uint32_t most = runner->executor->info.step_tokens / runner->now.batch;
     struct batch_result result;
     double seconds = 0;
     for (uint32_t position = 0; position < runner->now.prompt;) {
         uint32_t rows = runner->now.prompt - position < most ? runner->now.prompt - position : most;
-        double taken = step(runner, position, rows, position + rows == runner->now.prompt, &result, status);
+        const bool profiled = profile && position == 0;
+        double taken = step(runner, position, rows, position + rows == runner->now.prompt,
+                            profiled ? TIMINGS : NOTHING, &result, status);
         if (taken < 0)
             return -1;
+        if (profiled)
+            profile_add(profile, &result);
         seconds += taken;
         position += rows;
     }
@@ -124,16 +131,36 @@ static double distinct_experts(struct runner *runner, const struct batch_result 
 
 static int run_once(struct runner *runner, struct figures *figures, struct status *status) {
     struct batch_result result;
-    *figures = (struct figures){.prefill = prefill(runner, status)};
+    *figures = (struct figures){.prefill = prefill(runner, NULL, status)};
     if (figures->prefill < 0)
         return -1;
+    if (runner->now.decode > 0) {
+        if (step(runner, runner->now.prompt, 1, true, ROUTES, &result, status) < 0)
+            return -1;
+        figures->experts = distinct_experts(runner, &result);
+    }
     for (uint32_t i = 0; i < runner->now.decode; i++) {
-        double seconds = step(runner, runner->now.prompt + i, 1, true, &result, status);
+        double seconds = step(runner, runner->now.prompt + i, 1, true, NOTHING, &result, status);
         if (seconds < 0)
             return -1;
         figures->decode += seconds;
-        figures->experts += distinct_experts(runner, &result) / runner->now.decode;
     }
+    return 0;
+}
+
+/* The times of operations, of the prompts' first step and of steps behind the prompts. */
+static int run_profile(struct runner *runner, struct profile *prompts, struct profile *decode, struct status *status) {
+    struct batch_result result;
+    for (int i = 0; i < PROFILE_STEPS; i++)
+        if (prefill(runner, prompts, status) < 0)
+            return -1;
+    for (int i = 0; i < PROFILE_STEPS && runner->now.decode > 0; i++) {
+        if (step(runner, runner->now.prompt, 1, true, TIMINGS, &result, status) < 0)
+            return -1;
+        profile_add(decode, &result);
+    }
+    if (prompts->count == 0)
+        return status_set(status, STATUS_UNIMPLEMENTED, "--profile: this executor does not time its operations");
     return 0;
 }
 
@@ -186,7 +213,6 @@ static void print_case(const struct runner *runner, const struct figures *figure
             printf(",\"decode\":%.5g,\"decode_multiply_add\":%.4g,\"step_bytes\":%.5g,\"decode_read\":%.4g,"
                    "\"read\":%.4g,\"experts\":%.4g",
                    decode, token_weights * decode, step_bytes, read, figures->read, figures->experts);
-        printf("}");
     } else {
         printf("%5u %6u | %8.1f tok/s", now->batch, now->prompt, rows / figures->prefill);
         if (machine->multiply_add > 0)
@@ -198,7 +224,16 @@ static void print_case(const struct runner *runner, const struct figures *figure
                    figures->experts, read / 1e9, 100 * read / figures->read);
         printf("\n");
     }
-    fflush(stdout);
+}
+
+static int print_profiles(struct runner *runner, bool json, struct status *status) {
+    struct profile prompts = {0}, decode = {0};
+    if (run_profile(runner, &prompts, &decode, status) < 0)
+        return -1;
+    profile_print(&prompts, "prefill", json);
+    if (decode.count > 0)
+        profile_print(&decode, "decode", json);
+    return 0;
 }
 
 /* Room for the largest of the cases. */
@@ -224,6 +259,8 @@ static int open_runner(struct runner *runner, const struct bench_options *option
     };
     if (options->backend->open(runner->model, &executor, &runner->executor, status) < 0)
         return -1;
+    if (options->sample)
+        runner->sampling = (struct sampling){.temperature = 0.8f, .top_k = 50, .top_p = 0.95f, .seed = 1};
     const struct executor_info *info = &runner->executor->info;
     runner->tokens = calloc(rows, sizeof *runner->tokens);
     runner->history = calloc(context, sizeof *runner->history);
@@ -285,6 +322,11 @@ int bench_model(const struct bench_options *options, struct thread_pool *pool, c
             run_case(&runner, on_cpu ? pool : NULL, &figures, status) < 0)
             goto out;
         print_case(&runner, &figures, &now, options->json, i == 0);
+        if (options->profile && print_profiles(&runner, options->json, status) < 0)
+            goto out;
+        if (options->json)
+            printf("}");
+        fflush(stdout);
     }
     if (options->json)
         printf("]");
