@@ -4,19 +4,14 @@
  * fma, lanes are halved. Few rows take two kernels, of which the first norms rows wherever their logits are wanted;
  * many take one for each of the four steps. Either way does the same operations on a row.
  */
-#include <math.h>
-
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/norm.cuh"
+#include "kernels/cuda/route.cuh"
 
 namespace {
 
 constexpr int LOGIT_WARPS = 8, LOGIT_ROWS = 4, SELECT_WARPS = 4, SORT_THREADS = 1024;
 constexpr uint32_t FEW_ROWS = 16, FEW_EXPERTS = 4, FEW_FLOATS = 8192; /* the latter two of one block of few_kernel */
-
-__device__ __forceinline__ float dot4(float4 a, float4 b, float sum) {
-    return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
-}
 
 /* Norm and logits of ROWS rows and FEW_EXPERTS experts, a warp a logit; the last block rounds the rows. */
 template <int ROWS> __global__ void __launch_bounds__(NORM_THREADS) few_kernel(const struct cuda_route r) {
@@ -126,65 +121,18 @@ __global__ void __launch_bounds__(LOGIT_WARPS * 32) logits_kernel(const struct c
     }
 }
 
-/* Orders floats as integers; NaN below everything, so that it is chosen last. 0: taken, or not there. */
-__device__ __forceinline__ uint32_t order_key(float value) {
-    const uint32_t bits = __float_as_uint(value);
-    return value != value ? 1 : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__device__ __forceinline__ float key_value(uint32_t key) {
-    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
-
-/*
- * One warp, one row of at most 32 * PER_LANE experts: `used` times the greatest of what is left. Softmax over the
- * chosen equals renormalizing the whole one.
- */
+/* One warp chooses the experts of a row; `chosen` gets a second copy of them where given. */
 template <int PER_LANE>
 __device__ __forceinline__ void select_row(const struct cuda_route &r, uint32_t row, uint32_t lane, uint32_t *chosen) {
-    const float *logits = r.logits + (uint64_t)row * r.experts;
-    uint32_t keys[PER_LANE];
-    bool nan = false;
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-        const uint32_t e = lane + 32 * i;
-        keys[i] = 0;
-        if (e < r.experts) {
-            const float logit = logits[e];
-            nan = nan || !(fabsf(logit) <= 3.4e38f);
-            keys[i] = order_key(logit);
-        }
-    }
-    nan = __any_sync(0xffffffffu, nan);
-    float greatest = 0, total = 0, mine = 0;
-    for (uint32_t rank = 0; rank < r.used; rank++) {
-        uint32_t best = 0, at = 0;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++)
-            if (keys[i] > best) {
-                best = keys[i];
-                at = lane + 32 * i;
-            }
-        const uint32_t top = __reduce_max_sync(0xffffffffu, best);
-        const uint32_t expert = __reduce_min_sync(0xffffffffu, best == top ? at : UINT32_MAX);
-#pragma unroll
-        for (int i = 0; i < PER_LANE; i++)
-            if (lane + 32 * i == expert)
-                keys[i] = 0;
-        const float logit = key_value(top);
-        if (rank == 0)
-            greatest = logit;
-        const float weight = expf(logit - greatest);
-        total += weight;
-        if (lane == rank) {
-            mine = weight;
-            r.chosen[row * r.used + rank] = expert;
-            if (chosen)
-                chosen[row * r.used + rank] = expert;
-        }
-    }
-    if (lane < r.used)
-        r.weights[row * r.used + lane] = nan ? NAN : mine / total;
+    uint32_t expert = 0;
+    float weight;
+    route_select<PER_LANE>(r.logits + (uint64_t)row * r.experts, r.experts, r.used, lane, expert, weight);
+    if (lane >= r.used)
+        return;
+    r.chosen[row * r.used + lane] = expert;
+    r.weights[row * r.used + lane] = weight;
+    if (chosen)
+        chosen[row * r.used + lane] = expert;
 }
 
 template <int PER_LANE> __global__ void __launch_bounds__(SELECT_WARPS * 32) select_kernel(const struct cuda_route r) {
