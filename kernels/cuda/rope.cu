@@ -1,6 +1,7 @@
 /*
  * RMS norm and NeoX rotation of the heads of q and k, and the way of k and v into the cache: see cuda_rope in cuda.h.
- * One warp a head.
+ * One warp a head, of one row or of MANY: with many rows what binds is how many loads are under way, and V, which lies
+ * transposed, is then stored MANY positions at a time.
  */
 #include <cuda_fp16.h>
 
@@ -9,52 +10,96 @@
 
 namespace {
 
-constexpr int WARPS = 4;
+constexpr int WARPS = 4, MANY = 4;
+constexpr uint32_t MANY_ROWS = 512; /* enough for all multiprocessors */
 
 struct parameters {
     const float *qkv, *q_norm, *k_norm, *cos_sin;
     const uint32_t *position, *table, *tables;
     half *q, *cache;
-    uint32_t heads, kv_heads;
+    uint32_t heads, kv_heads, rows;
     float epsilon, q_scale;
 };
 
-template <int DIM> __global__ void __launch_bounds__(WARPS * 32) rope_kernel(const parameters p) {
+/* Whether the rows from `first` on are neighbouring positions of one block, from a multiple of their number on. */
+template <int ROWS>
+__device__ __forceinline__ bool neighbours(const parameters &p, uint32_t first, const uint32_t position[ROWS]) {
+    bool all = first + ROWS <= p.rows && position[0] % ROWS == 0;
+#pragma unroll
+    for (int j = 1; j < ROWS; j++)
+        all = all && position[j] == position[0] + j && p.table[first + j] == p.table[first];
+    return all;
+}
+
+/* A warp takes a head of ROWS rows, of which those behind the last repeat it. */
+template <int DIM, int ROWS> __global__ void __launch_bounds__(WARPS * 32) rope_kernel(const parameters p) {
     const int lane = threadIdx.x & 31;
-    const uint32_t row = blockIdx.x, head = blockIdx.y * WARPS + threadIdx.x / 32, all = p.heads + 2 * p.kv_heads;
+    const uint32_t first = blockIdx.x * ROWS, head = blockIdx.y * WARPS + threadIdx.x / 32;
+    const uint32_t all = p.heads + 2 * p.kv_heads;
     launch_dependents();
     if (head >= all)
         return;
-    const uint32_t position = p.position[row];
-    const uint32_t block = p.tables[p.table[row] + position / CUDA_KV_BLOCK];
-    const float *cos_sin = p.cos_sin + (uint64_t)position * DIM;
-    if (32 * lane < DIM)
-        asm volatile("prefetch.global.L1 [%0];" ::"l"(cos_sin + 32 * lane));
-    wait_for_predecessor();
-    float x[DIM / 32];
-    const float *in = p.qkv + ((uint64_t)row * all + head) * DIM;
+    const auto row = [&](int j) { return min(first + j, p.rows - 1); };
+    uint32_t position[ROWS];
 #pragma unroll
-    for (int i = 0; i < DIM / 32; i++)
-        x[i] = in[lane + 32 * i];
-    if (head < p.heads) {
-        norm_and_rotate<DIM>(x, p.q_norm, cos_sin, p.epsilon, lane);
-        half *q = p.q + ((uint64_t)row * p.heads + head) * DIM;
+    for (int j = 0; j < ROWS; j++)
+        position[j] = p.position[row(j)];
+    const float *cos_sin[ROWS];
+#pragma unroll
+    for (int j = 0; j < ROWS; j++) {
+        cos_sin[j] = p.cos_sin + (uint64_t)position[j] * DIM;
+        if (32 * lane < DIM)
+            asm volatile("prefetch.global.L1 [%0];" ::"l"(cos_sin[j] + 32 * lane));
+    }
+    const bool is_query = head < p.heads, is_key = !is_query && head < p.heads + p.kv_heads;
+    const uint32_t kv_head = head - p.heads - (is_key ? 0 : p.kv_heads);
+    uint32_t block[ROWS] = {};
+    if (!is_query)
+#pragma unroll
+        for (int j = 0; j < ROWS; j++)
+            block[j] = p.tables[p.table[row(j)] + position[j] / CUDA_KV_BLOCK];
+    const bool wide = ROWS == MANY && !is_query && !is_key && neighbours<ROWS>(p, first, position);
+    wait_for_predecessor();
+    float x[ROWS][DIM / 32];
+#pragma unroll
+    for (int j = 0; j < ROWS; j++)
 #pragma unroll
         for (int i = 0; i < DIM / 32; i++)
-            q[lane + 32 * i] = __float2half_rn(x[i] * p.q_scale);
-        return;
-    }
-    const bool is_key = head < p.heads + p.kv_heads;
-    const uint32_t kv_head = head - p.heads - (is_key ? 0 : p.kv_heads), at = position % CUDA_KV_BLOCK;
-    half *keys = p.cache + ((uint64_t)block * p.kv_heads + kv_head) * 2 * DIM * CUDA_KV_BLOCK;
-    half *values = keys + DIM * CUDA_KV_BLOCK;
-    if (is_key)
-        norm_and_rotate<DIM>(x, p.k_norm, cos_sin, p.epsilon, lane);
+            x[j][i] = p.qkv[((uint64_t)row(j) * all + head) * DIM + lane + 32 * i];
+    if (is_query || is_key)
+        norm_and_rotate<DIM, ROWS>(x, is_query ? p.q_norm : p.k_norm, cos_sin, p.epsilon, lane);
+    const auto out = [&](int j) {
+        if (is_query)
+            return p.q + ((uint64_t)row(j) * p.heads + head) * DIM;
+        const uint32_t at = position[j] % CUDA_KV_BLOCK;
+        half *keys = p.cache + ((uint64_t)block[j] * p.kv_heads + kv_head) * 2 * DIM * CUDA_KV_BLOCK;
+        return keys + (is_key ? at * DIM : DIM * CUDA_KV_BLOCK + at);
+    };
+    if constexpr (ROWS == MANY)
+        if (wide) {
 #pragma unroll
-    for (int i = 0; i < DIM / 32; i++) {
-        const uint32_t d = lane + 32 * i;
-        (is_key ? keys[at * DIM + d] : values[d * CUDA_KV_BLOCK + at]) = __float2half_rn(x[i]);
-    }
+            for (int i = 0; i < DIM / 32; i++) {
+                const half2 low = __floats2half2_rn(x[0][i], x[1][i]), high = __floats2half2_rn(x[2][i], x[3][i]);
+                *(uint2 *)(out(0) + (lane + 32 * i) * CUDA_KV_BLOCK) = make_uint2(
+                    *reinterpret_cast<const uint32_t *>(&low), *reinterpret_cast<const uint32_t *>(&high));
+            }
+            return;
+        }
+    const float scale = is_query ? p.q_scale : 1.0f;
+    const uint32_t stride = is_query || is_key ? 1 : CUDA_KV_BLOCK;
+#pragma unroll
+    for (int j = 0; j < ROWS; j++)
+#pragma unroll
+        for (int i = 0; i < DIM / 32; i++)
+            out(j)[(lane + 32 * i) * stride] = __float2half_rn(x[j][i] * scale);
+}
+
+template <int DIM> cudaError_t launch_rope(const parameters &p, cudaStream_t stream) {
+    const uint32_t groups = (p.heads + 2 * p.kv_heads + WARPS - 1) / WARPS;
+    const dim3 block(WARPS * 32);
+    return p.rows >= MANY_ROWS
+               ? launch(rope_kernel<DIM, MANY>, dim3((p.rows + MANY - 1) / MANY, groups), block, 0, stream, p)
+               : launch(rope_kernel<DIM, 1>, dim3(p.rows, groups), block, 0, stream, p);
 }
 
 } // namespace
@@ -74,16 +119,15 @@ cudaError_t cuda_rope(const struct cuda_heads *heads, const struct cuda_rows *ro
                           (half *)cache,
                           heads->heads,
                           heads->kv_heads,
+                          rows->rows,
                           epsilon,
                           log2_e / sqrtf((float)heads->head_dim)};
-    const uint32_t all = heads->heads + 2 * heads->kv_heads;
-    const dim3 grid(rows->rows, (all + WARPS - 1) / WARPS), block(WARPS * 32);
     switch (heads->head_dim) {
-    case 32: return launch(rope_kernel<32>, grid, block, 0, stream, p);
-    case 64: return launch(rope_kernel<64>, grid, block, 0, stream, p);
-    case 96: return launch(rope_kernel<96>, grid, block, 0, stream, p);
-    case 128: return launch(rope_kernel<128>, grid, block, 0, stream, p);
-    case 256: return launch(rope_kernel<256>, grid, block, 0, stream, p);
+    case 32: return launch_rope<32>(p, stream);
+    case 64: return launch_rope<64>(p, stream);
+    case 96: return launch_rope<96>(p, stream);
+    case 128: return launch_rope<128>(p, stream);
+    case 256: return launch_rope<256>(p, stream);
     default: return cudaErrorInvalidValue;
     }
 }

@@ -7,7 +7,8 @@
 
 /*
  * cuda_rope and cuda_attention against float64 on random shapes: several sequences of odd lengths, blocks scattered over a
- * cache of NaN, all rows at once, split and not split, and rows alone. All ways must give the same bits.
+ * cache of NaN, all rows at once, split and not split, and rows alone. All ways must give the same bits, and so must
+ * cuda_rope of all rows and of each alone.
  */
 
 enum { SEQUENCES = 3, BLOCKS = 64 };
@@ -26,14 +27,15 @@ static float *random_floats(struct random *random, size_t n, float size) {
     return x;
 }
 
-static void problem_make(struct random *random, struct problem *p) {
+static void problem_make(struct random *random, bool many, struct problem *p) {
     static const uint32_t dims[] = {32, 64, 96, 128, 256};
     p->heads.head_dim = dims[random_below(random, 5)];
     p->heads.kv_heads = 1 + random_below(random, 4);
     p->heads.heads = p->heads.kv_heads * (1 + random_below(random, 12));
     p->rows = 0;
-    for (int s = 0; s < SEQUENCES; s++)
-        p->rows += p->lengths[s] = 1 + random_below(random, s ? 300 : 70);
+    for (int s = 0; s < SEQUENCES; s++) /* many: more than 512, of which some begin at a multiple of 8 */
+        p->rows += p->lengths[s] = many ? (s ? 256 + random_below(random, 44) : 8 * (1 + random_below(random, 8)))
+                                        : 1 + random_below(random, s ? 300 : 70);
     const uint32_t dim = p->heads.head_dim, all = p->heads.heads + 2 * p->heads.kv_heads;
     p->qkv = random_floats(random, (size_t)p->rows * all * dim, 3);
     p->q_norm = random_floats(random, dim, 2);
@@ -115,12 +117,38 @@ static double compare(struct random *random, const struct problem *p, const floa
     return sqrt(error / norm);
 }
 
+/* Whether cuda_rope of one row after the other makes the same q and cache as it made of all. */
+static bool rope_alone_is_same(const struct problem *p, const struct cuda_rows *rows, const float *qkv,
+                               const float *q_norm, const float *k_norm, const float *cos_sin, const void *q,
+                               const void *cache) {
+    const uint32_t dim = p->heads.head_dim, all = p->heads.heads + 2 * p->heads.kv_heads;
+    const size_t q_row = 2 * (size_t)p->heads.heads * dim, q_bytes = q_row * p->rows,
+                 cache_bytes = cuda_kv_block_bytes(&p->heads) * SEQUENCES * BLOCKS;
+    unsigned char *q_alone = cuda_test_buffer(NULL, q_bytes), *cache_alone = cuda_test_buffer(NULL, cache_bytes);
+    for (uint32_t row = 0; row < p->rows; row++) {
+        const struct cuda_rows one = {rows->position + row, rows->table + row, rows->tables, 1};
+        CUDA_CHECK(cuda_rope(&p->heads, &one, qkv + (size_t)row * all * dim, q_norm, k_norm, 1e-6f, cos_sin,
+                             q_alone + q_row * row, cache_alone, 0));
+    }
+    unsigned char *want = malloc(q_bytes + cache_bytes), *got = malloc(q_bytes + cache_bytes);
+    cuda_test_fetch(want, q_alone, q_bytes);
+    cuda_test_fetch(want + q_bytes, cache_alone, cache_bytes);
+    cuda_test_fetch(got, q, q_bytes);
+    cuda_test_fetch(got + q_bytes, cache, cache_bytes);
+    const bool same = memcmp(want, got, q_bytes + cache_bytes) == 0;
+    cudaFree(q_alone);
+    cudaFree(cache_alone);
+    free(want);
+    free(got);
+    return same;
+}
+
 int main(void) {
     struct random random;
     cuda_test_begin(&random);
     for (int round = 0; round < 30; round++) {
         struct problem p;
-        problem_make(&random, &p);
+        problem_make(&random, round % 2, &p);
         const uint32_t dim = p.heads.head_dim, all = p.heads.heads + 2 * p.heads.kv_heads;
         const size_t y_bytes = sizeof(float) * p.rows * p.heads.heads * dim;
         const size_t cache_bytes = cuda_kv_block_bytes(&p.heads) * SEQUENCES * BLOCKS;
@@ -135,6 +163,7 @@ int main(void) {
                                     cuda_test_buffer(p.table, sizeof(uint32_t) * p.rows),
                                     cuda_test_buffer(p.tables, sizeof p.tables), p.rows};
         CUDA_CHECK(cuda_rope(&p.heads, &a.rows, qkv, q_norm, k_norm, 1e-6f, cos_sin, q, cache, 0));
+        const bool rope = rope_alone_is_same(&p, &a.rows, qkv, q_norm, k_norm, cos_sin, q, cache);
 
         const uint32_t most = cuda_attention_tile_tokens(&p.heads);
         uint32_t *tiles = calloc(p.rows, sizeof *tiles), *counts = calloc(p.rows, sizeof *counts);
@@ -166,10 +195,10 @@ int main(void) {
         }
         const double error = compare(&random, &p, y[0]);
         const bool split = memcmp(y[0], y[1], y_bytes) == 0, alone = memcmp(y[0], y[2], y_bytes) == 0;
-        tap_ok(error < 2e-3 && split && alone,
-               "%u heads of %u, %u kv heads, lengths %u %u %u: relative error %.1e, split %s, alone %s", p.heads.heads,
-               dim, p.heads.kv_heads, p.lengths[0], p.lengths[1], p.lengths[2], error, split ? "the same" : "DIFFERENT",
-               alone ? "the same" : "DIFFERENT");
+        tap_ok(error < 2e-3 && split && alone && rope,
+               "%u heads of %u, %u kv heads, lengths %u %u %u: relative error %.1e, split %s, alone %s, rope alone %s",
+               p.heads.heads, dim, p.heads.kv_heads, p.lengths[0], p.lengths[1], p.lengths[2], error,
+               split ? "the same" : "DIFFERENT", alone ? "the same" : "DIFFERENT", rope ? "the same" : "DIFFERENT");
         void *device[] = {qkv,
                           q_norm,
                           k_norm,
