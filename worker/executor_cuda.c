@@ -60,7 +60,7 @@ static void lay_out_scratch(struct executor_cuda *cuda, struct arena *arena) {
                                 cuda_attention_partial_floats(&cuda->heads, 1, info->context_length));
     take_input(arena, cuda, &cuda->device);
     cuda->x = arena_take(arena, rows * length, sizeof(float));
-    cuda->plain = arena_take(arena, rows * length, sizeof(float));
+    cuda->norm_factors = arena_take(arena, rows, sizeof(float));
     cuda->normed = take_activation(arena, most(rows, outputs), length);
     cuda->qkv = arena_take(arena, rows * (q_width + 2 * kv_width), sizeof(float));
     cuda->q = arena_take(arena, rows * q_width, 2);
@@ -72,6 +72,7 @@ static void lay_out_scratch(struct executor_cuda *cuda, struct arena *arena) {
     cuda->router_logits = arena_take(arena, rows * config->expert_count, sizeof(float));
     cuda->route_experts = arena_take(arena, rows * used * config->block_count, sizeof(uint32_t));
     cuda->route_weights = arena_take(arena, rows * used * config->block_count, sizeof(float));
+    cuda->route_counts = arena_take(arena, (size_t)CUDA_SORT_BLOCKS * config->expert_count, sizeof(uint32_t));
     cuda->order = arena_take(arena, rows * used, sizeof(uint32_t));
     cuda->item_count = arena_take(arena, 1, sizeof(uint32_t));
     cuda->items =

@@ -67,11 +67,11 @@ struct executor_cuda {
     struct cuda_input host, device; /* host: pinned */
     size_t input_bytes;             /* up to `tables` */
     uint32_t tables_capacity;
-    float *x, *plain, *qkv, *attended, *partial, *hidden, *expert_out, *router_logits, *route_weights, *logits,
+    float *x, *norm_factors, *qkv, *attended, *partial, *hidden, *expert_out, *router_logits, *route_weights, *logits,
         *cos_sin;
     void *q;
     struct cuda_activation normed, mixed; /* mixed: of attention's output and of the experts' hidden rows */
-    uint32_t *route_experts, *order, *item_count;
+    uint32_t *route_experts, *route_counts, *order, *item_count;
     uint32_t *busiest, *greatest; /* [layers], and behind it [max_outputs]: the tokens chosen */
     uint64_t *greatest_parts;
     struct cuda_item *items;

@@ -17,6 +17,12 @@ static bool is_many(const struct executor_cuda *cuda, const struct cuda_shape *s
     return cuda->many_runs && shape->rows > MANY_ROWS_ABOVE;
 }
 
+/* As the products of the layers read it; the head reads rows as they are. */
+static struct cuda_activation activation(struct cuda_activation of, bool interleaved) {
+    of.interleaved = interleaved;
+    return of;
+}
+
 /* Tokens of an expert that share one pass over its weights: about twice as many as an even spread gives each. */
 static uint32_t item_tokens(const struct model_config *config, uint32_t rows) {
     const uint64_t spread = (uint64_t)rows * config->expert_used_count / config->expert_count;
@@ -32,7 +38,8 @@ static struct cuda_matmul projection(const struct cuda_matrix *w, const struct c
 static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape *shape, uint32_t l) {
     const struct model_config *config = &cuda->model->config;
     const struct cuda_layer *layer = &cuda->weights.layers[l];
-    const struct cuda_activation *x = &cuda->normed;
+    const bool many = is_many(cuda, shape);
+    const struct cuda_activation x = activation(cuda->normed, many), attended = activation(cuda->mixed, many);
     const uint32_t dim = config->head_dim, q_width = config->head_count * dim, kv_width = config->head_count_kv * dim;
     const uint32_t width = q_width + 2 * kv_width, n = shape->rows;
     unsigned char *cache = cuda->kv + l * cuda->kv_layer_bytes;
@@ -48,21 +55,18 @@ static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape
         .context_limit = shape->context_limit,
         .partial = shape->split ? cuda->partial : NULL,
         .y = cuda->attended,
-        .out = cuda->mixed,
+        .out = attended,
     };
     const struct cuda_matmul qkv[] = {
-        projection(&layer->q, x, n, cuda->qkv, width, CUDA_STORE),
-        projection(&layer->k, x, n, cuda->qkv + q_width, width, CUDA_STORE),
-        projection(&layer->v, x, n, cuda->qkv + q_width + kv_width, width, CUDA_STORE),
+        projection(&layer->q, &x, n, cuda->qkv, width, CUDA_STORE),
+        projection(&layer->k, &x, n, cuda->qkv + q_width, width, CUDA_STORE),
+        projection(&layer->v, &x, n, cuda->qkv + q_width + kv_width, width, CUDA_STORE),
     };
     const struct cuda_matmul output =
-        projection(&layer->output, &cuda->mixed, n, cuda->x, config->embedding_length, CUDA_ADD);
+        projection(&layer->output, &attended, n, cuda->x, config->embedding_length, CUDA_ADD);
 
-    const bool many = is_many(cuda, shape);
     cudaError_t error = cudaSuccess;
     if (many) {
-        error = cuda_interleave(x->half, config->embedding_length, n, cuda->stream);
-        error = error ? error : cuda_mark(cuda, "interleave");
         for (int i = 0; i < 3 && error == cudaSuccess; i++)
             error = cuda_matmul_many(&qkv[i], cuda->stream);
     } else {
@@ -75,10 +79,6 @@ static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape
     error = error ? error : cuda_mark(cuda, "rope");
     error = error ? error : cuda_attention(&a, cuda->stream);
     error = error ? error : cuda_mark(cuda, "attention");
-    if (many) {
-        error = error ? error : cuda_interleave(cuda->mixed.half, q_width, n, cuda->stream);
-        error = error ? error : cuda_mark(cuda, "interleave");
-    }
     error = error ? error : many ? cuda_matmul_many(&output, cuda->stream) : cuda_matmul(&output, cuda->stream);
     return error ? error : cuda_mark(cuda, "output");
 }
@@ -98,8 +98,8 @@ static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *
                  .rows = shape->rows,
                  .norm = layer->ffn_norm,
                  .epsilon = config->rms_epsilon,
-                 .out = cuda->normed,
-                 .plain = cuda->plain},
+                 .out = activation(cuda->normed, many),
+                 .factors = cuda->norm_factors},
         .router = layer->router,
         .experts = config->expert_count,
         .used = used,
@@ -110,7 +110,9 @@ static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *
         .items = cuda->items,
         .item_count = cuda->item_count,
         .order = cuda->order,
+        .counts = cuda->route_counts,
     };
+    const struct cuda_activation mixed = activation(cuda->mixed, many);
     struct cuda_matmul m = {
         .w = &layer->gate,
         .x = cuda->normed.half,
@@ -128,10 +130,6 @@ static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *
 
     cudaError_t error = cuda_route(&route, cuda->stream);
     error = error ? error : cuda_mark(cuda, "norm and route");
-    if (many) {
-        error = error ? error : cuda_interleave(cuda->normed.half, length, shape->rows, cuda->stream);
-        error = error ? error : cuda_mark(cuda, "interleave");
-    }
     error = error ? error : matmul(&m, cuda->stream);
     if (layer->up.tiles) {
         m.w = &layer->up;
@@ -139,15 +137,11 @@ static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *
         error = error ? error : matmul(&m, cuda->stream);
     }
     error = error ? error : cuda_mark(cuda, "gate, up");
-    error = error ? error : cuda_round(cuda->hidden, hidden, shape->rows * used, &cuda->mixed, cuda->stream);
+    error = error ? error : cuda_round(cuda->hidden, hidden, shape->rows * used, &mixed, cuda->stream);
     error = error ? error : cuda_mark(cuda, "round");
-    if (many) {
-        error = error ? error : cuda_interleave(cuda->mixed.half, hidden, shape->rows * used, cuda->stream);
-        error = error ? error : cuda_mark(cuda, "interleave");
-    }
     m.w = &layer->down;
-    m.x = cuda->mixed.half;
-    m.x_scale = cuda->mixed.scale;
+    m.x = mixed.half;
+    m.x_scale = mixed.scale;
     m.y = cuda->expert_out;
     m.y_stride = length;
     m.epilogue = CUDA_STORE;
@@ -167,7 +161,7 @@ static cudaError_t norm_layer(struct executor_cuda *cuda, const struct cuda_shap
                              .norm = last ? cuda->weights.output_norm : cuda->weights.layers[l].attn_norm,
                              .epsilon = config->rms_epsilon,
                              .select = last ? cuda->device.select : NULL,
-                             .out = cuda->normed};
+                             .out = activation(cuda->normed, !last && is_many(cuda, shape))};
     if (l > 0) {
         norm.experts = cuda->expert_out;
         norm.weights = cuda->route_weights + (size_t)(l - 1) * cuda->base.info.step_tokens * config->expert_used_count;

@@ -325,7 +325,8 @@ template <int DIM> __global__ void __launch_bounds__(COMBINE_WARPS * 32) combine
     const uint32_t columns = p.heads * DIM, padded = padded_columns(columns);
     uint2 *to = (uint2 *)((half *)p.out.half + (uint64_t)row * padded);
     for (uint32_t i = threadIdx.x; i < padded / 4; i += blockDim.x)
-        to[i] = i < columns / 4 ? rounded(((const float4 *)values)[i], shrink) : make_uint2(0, 0);
+        store_rounded(p.out, to, i,
+                      i < columns / 4 ? rounded(((const float4 *)values)[i], shrink) : make_uint2(0, 0));
     if (threadIdx.x == 0)
         p.out.scale[row] = scale;
 }

@@ -90,21 +90,21 @@ cudaError_t cuda_matmul_parts(const struct cuda_matmul *arguments, uint32_t coun
 
 /*
  * The same product with the same bits, for many tokens, where the device and the build have Hopper's matrix unit
- * (cuda_matmul_many_runs): items have up to CUDA_MANY_TOKENS tokens, and x is interleaved: cuda_interleave changes the
- * order of each 32 columns of x [rows][columns padded] in place.
+ * (cuda_matmul_many_runs): items have up to CUDA_MANY_TOKENS tokens, and x is interleaved (cuda_activation).
  */
 enum { CUDA_MANY_TOKENS = 128 };
 bool cuda_matmul_many_runs(void);
-cudaError_t cuda_interleave(void *x, uint32_t columns, uint32_t rows, cudaStream_t stream);
 cudaError_t cuda_matmul_many(const struct cuda_matmul *arguments, cudaStream_t stream);
 
 /*
  * Activations for cuda_matmul: half[t] = f16(value / scale[t]), padded with zeros to a multiple of CUDA_CHUNK, where
  * scale[t] is the power of two that brings the row's greatest absolute value to 128 .. 256. A NaN or Inf makes scale NaN.
+ * Interleaved, as cuda_matmul_many wants them, of the sixteen pairs of each 32 columns pair 4 t + n stands at 4 n + t.
  */
 struct cuda_activation {
     void *half;
     float *scale;
+    bool interleaved;
 };
 
 /*
@@ -170,7 +170,7 @@ cudaError_t cuda_embed(enum quant_type type, const void *table, size_t row_bytes
 /*
  * What stands between two matrix products, one block a row of at most 8192 columns, a multiple of 4:
  *   x[row] += sum over rank of weight[rank] * experts[row * used + rank], in rising rank, where `experts` is given;
- *   x[row] / sqrt(mean of squares + epsilon) * norm goes to `out` and to `plain` (where given).
+ *   x[row] / sqrt(mean of squares + epsilon) * norm goes to `out`, and 1 / the root to `factors` (where given).
  * With `select`, output row i is of x row select[i].
  */
 struct cuda_norm {
@@ -182,13 +182,13 @@ struct cuda_norm {
     uint32_t used;
     const uint32_t *select;
     struct cuda_activation out;
-    float *plain; /* [rows][columns] */
+    float *factors; /* [rows] */
 };
 cudaError_t cuda_norm(const struct cuda_norm *arguments, cudaStream_t stream);
 
 /*
- * out[row] = x[row], of a multiple of 4 columns. It lets its successor begin only when its predecessor has ended: that
- * successor may read what kernels before those two wrote without waiting.
+ * out[row] = x[row], of at most 8192 columns, a multiple of 4. It lets its successor begin only when its predecessor has
+ * ended: that successor may read what kernels before those two wrote without waiting.
  */
 cudaError_t cuda_round(const float *x, uint32_t columns, uint32_t rows, const struct cuda_activation *out,
                        cudaStream_t stream);
@@ -197,9 +197,9 @@ cudaError_t cuda_round(const float *x, uint32_t columns, uint32_t rows, const st
  * The norm before the router (norm.experts and norm.select NULL), and the router. logits[row][experts] =
  * router[experts][columns] normed x[row], in f32; then of each row the `used` likeliest experts (ties: the lower id)
  * with weights renormalized to sum 1, and the work they make, sorted by expert: items of at most `item_tokens` assignments
- * (row * used + rank), see cuda_matmul. norm.plain is scratch for many rows.
+ * (row * used + rank), see cuda_matmul.
  */
-enum { CUDA_EXPERTS_MAX = 1024, CUDA_EXPERTS_USED_MAX = 32 };
+enum { CUDA_EXPERTS_MAX = 1024, CUDA_EXPERTS_USED_MAX = 32, CUDA_SORT_BLOCKS = 128 };
 
 struct cuda_route {
     struct cuda_norm norm;
@@ -210,6 +210,7 @@ struct cuda_route {
     float *weights;   /* [rows][used] */
     struct cuda_item *items;
     uint32_t *item_count, *order;
+    uint32_t *counts; /* scratch, as are norm.factors and logits: [CUDA_SORT_BLOCKS][experts] */
 };
 /* Most items that `rows` rows can make. */
 uint32_t cuda_route_item_limit(uint32_t rows, uint32_t experts, uint32_t used, uint32_t item_tokens);

@@ -5,7 +5,7 @@
  * units blockIdx.x, blockIdx.x + gridDim.x, ...: a warpgroup copies activations to a ring of stages of 64 columns, and
  * runs ahead over units; two warpgroups with 64 rows each expand weights to f16 in registers and multiply by wgmma,
  * which sums as mma.m16n8k16 does. A warp's registers of a tile are its quarter of wgmma's left operand; tokens come
- * interleaved (cuda_interleave), so that each column meets its weight. Chains run one after the other: `sums` holds the
+ * interleaved (cuda_activation), so that each column meets its weight. Chains run one after the other: `sums` holds the
  * running one, `total` those before.
  */
 #include <algorithm>
@@ -34,7 +34,6 @@ constexpr int STAGE_COLUMNS = 64, STAGE_BYTES = UNIT_TOKENS * STAGE_COLUMNS * 2,
 constexpr int CHUNK_STAGES = CUDA_CHUNK / STAGE_COLUMNS;
 /* A unit has at least CHUNK_STAGES stages: when the copiers begin unit u + 4, u is done with. */
 constexpr int MAPS = 4;
-constexpr int INTERLEAVE_THREADS = 256;
 
 struct token_map {
     uint32_t row[UNIT_TOKENS]; /* of y */
@@ -338,33 +337,12 @@ template <int TYPE> cudaError_t launch_many(const many_parameters &p, uint32_t u
                           sizeof(shared_memory), stream, p);
 }
 
-/* One thread a group of 32 columns: sixteen pairs, pair 4 t + n goes to 4 n + t. */
-__global__ void __launch_bounds__(INTERLEAVE_THREADS) interleave_kernel(uint4 *x, uint64_t groups) {
-    const uint64_t group = (uint64_t)blockIdx.x * INTERLEAVE_THREADS + threadIdx.x;
-    launch_dependents();
-    wait_for_predecessor();
-    if (group >= groups)
-        return;
-    uint4 *at = x + 4 * group;
-    const uint4 a = at[0], b = at[1], c = at[2], d = at[3];
-    at[0] = make_uint4(a.x, b.x, c.x, d.x);
-    at[1] = make_uint4(a.y, b.y, c.y, d.y);
-    at[2] = make_uint4(a.z, b.z, c.z, d.z);
-    at[3] = make_uint4(a.w, b.w, c.w, d.w);
-}
-
 } // namespace
 
 bool cuda_matmul_many_runs(void) {
     cudaFuncAttributes attributes;
     return cudaFuncGetAttributes(&attributes, many_kernel<QUANT_Q4_K>) == cudaSuccess &&
            attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
-}
-
-cudaError_t cuda_interleave(void *x, uint32_t columns, uint32_t rows, cudaStream_t stream) {
-    const uint64_t groups = (uint64_t)rows * ((columns + CUDA_CHUNK - 1) / CUDA_CHUNK) * (CUDA_CHUNK / 32);
-    return launch(interleave_kernel, dim3((uint32_t)((groups + INTERLEAVE_THREADS - 1) / INTERLEAVE_THREADS)),
-                  dim3(INTERLEAVE_THREADS), 0, stream, (uint4 *)x, groups);
 }
 
 cudaError_t cuda_matmul_many(const struct cuda_matmul *m, cudaStream_t stream) {

@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr int AT_ONCE = 8, ROUND_WARPS = 4;
+constexpr int AT_ONCE = 8, ROUND_FOURS = 8;
+constexpr uint32_t MANY_ROWS = 512; /* enough to keep more blocks of fewer warps busy */
 
 /* value + the experts' results of four columns, `experts` being those of the first. */
 __device__ __forceinline__ float4 add_experts(float4 value, const float4 *experts, uint32_t stride,
@@ -34,95 +35,135 @@ __device__ __forceinline__ float4 add_experts(float4 value, const float4 *expert
     return make_float4(value.x + mixture.x, value.y + mixture.y, value.z + mixture.z, value.w + mixture.w);
 }
 
-/* One block a row, a thread holds up to 4 * FOURS of its columns. */
-template <int FOURS> __global__ void __launch_bounds__(NORM_THREADS) norm_kernel(const struct cuda_norm n) {
-    __shared__ float sums[NORM_WARPS], maxima[NORM_WARPS];
+/*
+ * One block a row. A thread takes the parts of SHARE of the NORM_THREADS, of up to 4 * FOURS columns each: the more
+ * blocks there are at a time, the less of it goes to waiting for each other's warps, if rows are many.
+ */
+template <int FOURS, int WARPS, bool EXPERTS>
+__global__ void __launch_bounds__(WARPS * 32) norm_kernel(const struct cuda_norm n) {
+    constexpr int SHARE = NORM_WARPS / WARPS, PARTS = SHARE * FOURS;
+    __shared__ float sums[NORM_WARPS], maxima[WARPS];
     const uint32_t row = n.select ? n.select[blockIdx.x] : blockIdx.x, fours = n.columns / 4;
-    float4 norm[FOURS], value[FOURS];
+    const auto at = [](int part) { return threadIdx.x + part % SHARE * WARPS * 32 + part / SHARE * NORM_THREADS; };
+    float4 norm[PARTS], value[PARTS];
     launch_dependents();
 #pragma unroll
-    for (int k = 0; k < FOURS; k++) {
-        const uint32_t i = threadIdx.x + k * NORM_THREADS;
-        norm[k] = i < fours ? ((const float4 *)n.norm)[i] : make_float4(0, 0, 0, 0);
-    }
+    for (int k = 0; k < PARTS; k++)
+        norm[k] = at(k) < fours ? ((const float4 *)n.norm)[at(k)] : make_float4(0, 0, 0, 0);
     wait_for_predecessor();
 
     float4 *x = (float4 *)(n.x + (uint64_t)row * n.columns);
-    float sum = 0, greatest = 0, shrink;
+    float sum[SHARE] = {}, greatest = 0, shrink;
 #pragma unroll
-    for (int k = 0; k < FOURS; k++) {
-        const uint32_t i = threadIdx.x + k * NORM_THREADS;
-        value[k] = make_float4(0, 0, 0, 0);
-        if (i >= fours)
+    for (int k = 0; k < PARTS; k++)
+        value[k] = at(k) < fours ? x[at(k)] : make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int k = 0; k < PARTS; k++) {
+        if (at(k) >= fours)
             continue;
-        value[k] = x[i];
-        if (n.experts) {
-            const float4 *experts = (const float4 *)(n.experts + (uint64_t)row * n.used * n.columns) + i;
+        if (EXPERTS) {
+            const float4 *experts = (const float4 *)(n.experts + (uint64_t)row * n.used * n.columns) + at(k);
             value[k] = add_experts(value[k], experts, fours, n.weights + row * n.used, n.used);
-            x[i] = value[k];
+            x[at(k)] = value[k];
         }
-        sum = add_squares(value[k], sum);
+        sum[k % SHARE] = add_squares(value[k], sum[k % SHARE]);
     }
-    const float factor = norm_factor(block_reduce(sum, plus, sums), n.columns, n.epsilon);
 #pragma unroll
-    for (int k = 0; k < FOURS; k++) {
-        const uint32_t i = threadIdx.x + k * NORM_THREADS;
+    for (int s = 0; s < SHARE; s++) {
+        sum[s] = warp_reduce(sum[s], plus);
+        if (threadIdx.x % 32 == 0)
+            sums[threadIdx.x / 32 + s * WARPS] = sum[s];
+    }
+    __syncthreads();
+    const float squares = warp_reduce(threadIdx.x % 32 < NORM_WARPS ? sums[threadIdx.x % 32] : 0.0f, plus);
+    const float factor = norm_factor(squares, n.columns, n.epsilon);
+#pragma unroll
+    for (int k = 0; k < PARTS; k++) {
         value[k] = normed(value[k], factor, norm[k]);
         greatest = greater(greatest, greatest_of(value[k]));
-        if (n.plain && i < fours)
-            ((float4 *)(n.plain + (uint64_t)blockIdx.x * n.columns))[i] = value[k];
     }
     const float scale = rounding_scale(block_reduce(greatest, greater, maxima), shrink);
     const uint32_t padded = padded_columns(n.columns);
     uint2 *out = (uint2 *)((half *)n.out.half + (uint64_t)blockIdx.x * padded);
 #pragma unroll
-    for (int k = 0; k < FOURS; k++) {
-        const uint32_t i = threadIdx.x + k * NORM_THREADS;
-        if (i < padded / 4)
-            out[i] = i < fours ? rounded(value[k], shrink) : make_uint2(0, 0);
-    }
-    if (threadIdx.x == 0)
-        n.out.scale[blockIdx.x] = scale;
+    for (int k = 0; k < PARTS; k++)
+        if (at(k) < padded / 4)
+            store_rounded(n.out, out, at(k), rounded(value[k], shrink));
+    if (threadIdx.x > 0)
+        return;
+    n.out.scale[blockIdx.x] = scale;
+    if (n.factors)
+        n.factors[blockIdx.x] = factor;
 }
 
-/* One warp a row. */
-__global__ void __launch_bounds__(ROUND_WARPS * 32)
+/* WARPS warps a row, ROWS rows a block. The row stays in registers, as it would not stay in a cache. */
+template <int WARPS, int ROWS>
+__global__ void __launch_bounds__(WARPS *ROWS * 32)
     round_kernel(const float *x, uint32_t columns, uint32_t rows, const struct cuda_activation out) {
-    const uint32_t row = blockIdx.x * ROUND_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32, fours = columns / 4;
+    static_assert(WARPS == 1 || ROWS == 1, "what a block reduces belongs to one row");
+    __shared__ float maxima[WARPS];
+    const uint32_t row = blockIdx.x * ROWS + threadIdx.x / (WARPS * 32), fours = columns / 4;
+    const uint32_t own = threadIdx.x % (WARPS * 32);
     wait_for_predecessor();
     launch_dependents();
     if (row >= rows)
         return;
     const float4 *values = (const float4 *)(x + (uint64_t)row * columns);
+    float4 value[ROUND_FOURS];
     float greatest = 0, shrink;
-#pragma unroll 8
-    for (uint32_t i = lane; i < fours; i += 32)
-        greatest = greater(greatest, greatest_of(values[i]));
-    const float scale = rounding_scale(warp_reduce(greatest, greater), shrink);
+#pragma unroll
+    for (int k = 0; k < ROUND_FOURS; k++)
+        value[k] = own + k * WARPS * 32 < fours ? values[own + k * WARPS * 32] : make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int k = 0; k < ROUND_FOURS; k++)
+        greatest = greater(greatest, greatest_of(value[k]));
+    greatest = WARPS == 1 ? warp_reduce(greatest, greater) : block_reduce(greatest, greater, maxima);
+    const float scale = rounding_scale(greatest, shrink);
     const uint32_t padded = padded_columns(columns);
     uint2 *to = (uint2 *)((half *)out.half + (uint64_t)row * padded);
-#pragma unroll 8
-    for (uint32_t i = lane; i < padded / 4; i += 32)
-        to[i] = i < fours ? rounded(values[i], shrink) : make_uint2(0, 0);
-    if (lane == 0)
+#pragma unroll
+    for (int k = 0; k < ROUND_FOURS; k++)
+        if (own + k * WARPS * 32 < padded / 4)
+            store_rounded(out, to, own + k * WARPS * 32, rounded(value[k], shrink));
+    if (own == 0)
         out.scale[row] = scale;
+}
+
+/* The experts' results are bytes enough in flight without more blocks. */
+template <int FOURS, int WARPS> cudaError_t launch_norm(const struct cuda_norm *n, cudaStream_t stream) {
+    if (n->experts)
+        return launch(norm_kernel<FOURS, NORM_WARPS, true>, dim3(n->rows), dim3(NORM_THREADS), 0, stream, *n);
+    return launch(norm_kernel<FOURS, WARPS, false>, dim3(n->rows), dim3(WARPS * 32), 0, stream, *n);
+}
+
+template <int WARPS, int ROWS>
+cudaError_t launch_round(const float *x, uint32_t columns, uint32_t rows, const struct cuda_activation *out,
+                         cudaStream_t stream) {
+    return launch(round_kernel<WARPS, ROWS>, dim3((rows + ROWS - 1) / ROWS), dim3(WARPS * ROWS * 32), 0, stream, x,
+                  columns, rows, *out);
 }
 
 } // namespace
 
 cudaError_t cuda_norm(const struct cuda_norm *n, cudaStream_t stream) {
-    const dim3 grid(n->rows), block(NORM_THREADS);
+    const bool many = n->rows >= MANY_ROWS;
     if (n->columns <= 4 * NORM_THREADS)
-        return launch(norm_kernel<1>, grid, block, 0, stream, *n);
+        return many ? launch_norm<1, NORM_WARPS / 4>(n, stream) : launch_norm<1, NORM_WARPS>(n, stream);
     if (n->columns <= 8 * NORM_THREADS)
-        return launch(norm_kernel<2>, grid, block, 0, stream, *n);
+        return many ? launch_norm<2, NORM_WARPS / 2>(n, stream) : launch_norm<2, NORM_WARPS>(n, stream);
     if (n->columns <= NORM_COLUMNS_MAX)
-        return launch(norm_kernel<4>, grid, block, 0, stream, *n);
+        return launch_norm<4, NORM_WARPS>(n, stream);
     return cudaErrorInvalidValue;
 }
 
 cudaError_t cuda_round(const float *x, uint32_t columns, uint32_t rows, const struct cuda_activation *out,
                        cudaStream_t stream) {
-    return launch(round_kernel, dim3((rows + ROUND_WARPS - 1) / ROUND_WARPS), dim3(ROUND_WARPS * 32), 0, stream, x,
-                  columns, rows, *out);
+    constexpr uint32_t of_warp = ROUND_FOURS * 4 * 32;
+    if (columns <= of_warp)
+        return launch_round<1, 4>(x, columns, rows, out, stream);
+    if (columns <= 4 * of_warp)
+        return launch_round<4, 1>(x, columns, rows, out, stream);
+    if (columns <= 8 * of_warp)
+        return launch_round<8, 1>(x, columns, rows, out, stream);
+    return cudaErrorInvalidValue;
 }

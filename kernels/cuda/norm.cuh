@@ -8,9 +8,9 @@
 #include "kernels/cuda/cuda.h"
 
 /*
- * Parts of kernels that norm rows or round them to f16. A block of NORM_THREADS shares a row: thread i adds the squares
- * of columns 4 i .. 4 i + 3, then those 4 NORM_THREADS further on, by fma; lanes are halved 16, 8, 4, 2, 1, then warps
- * are as if they were lanes.
+ * Parts of kernels that norm rows or round them to f16. NORM_THREADS share the squares of a row: thread i adds those of
+ * columns 4 i .. 4 i + 3, then those 4 NORM_THREADS further on, by fma; lanes are halved 16, 8, 4, 2, 1, then warps are as
+ * if they were lanes.
  */
 enum { NORM_THREADS = 512, NORM_WARPS = NORM_THREADS / 32, NORM_COLUMNS_MAX = 8192 };
 
@@ -75,6 +75,22 @@ static __device__ __forceinline__ uint2 rounded(float4 v, float shrink) {
     const half2 low = __floats2half2_rn(v.x * shrink, v.y * shrink),
                 high = __floats2half2_rn(v.z * shrink, v.w * shrink);
     return make_uint2(*reinterpret_cast<const uint32_t *>(&low), *reinterpret_cast<const uint32_t *>(&high));
+}
+
+/*
+ * A warp's lanes hold four columns each, of consecutive fours from a multiple of 32 on: what stands in the lane's place
+ * once every 32 columns are interleaved (cuda_activation).
+ */
+static __device__ __forceinline__ uint2 interleaved(uint2 four) {
+    const uint32_t lane = threadIdx.x % 32, n = lane % 8 / 2, from = lane / 8 * 8 + lane % 2 * 4 + n / 2;
+    const uint32_t x0 = __shfl_sync(0xffffffffu, four.x, from), y0 = __shfl_sync(0xffffffffu, four.y, from);
+    const uint32_t x1 = __shfl_sync(0xffffffffu, four.x, from + 2), y1 = __shfl_sync(0xffffffffu, four.y, from + 2);
+    return n % 2 ? make_uint2(y0, y1) : make_uint2(x0, x1);
+}
+
+/* Four i of a row of `out` gets what is rounded; a warp does so as a whole, as for interleaved(). */
+static __device__ __forceinline__ void store_rounded(const cuda_activation &out, uint2 *row, uint32_t i, uint2 four) {
+    row[i] = out.interleaved ? interleaved(four) : four;
 }
 
 static __host__ __device__ __forceinline__ uint32_t padded_columns(uint32_t columns) {

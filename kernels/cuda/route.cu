@@ -1,8 +1,9 @@
 /*
  * The router with the norm before it: logits, the likeliest experts of each row with their weights, and the assignments
- * sorted by expert. See cuda_route in cuda.h. A logit: lane l of a warp adds columns 4 l .. 4 l + 3, 4 l + 128, ... by
- * fma, lanes are halved. Few rows take two kernels, of which the first norms rows wherever their logits are wanted;
- * many take one for each of the four steps. Either way does the same operations on a row.
+ * sorted by expert. See cuda_route in cuda.h, and route.cuh for the order of a logit's sum. Up to FEW_ROWS rows are normed
+ * by every block that wants logits of them; more are normed once, and their logits made by logits.cu. Up to SORTED_ROWS
+ * rows are chosen for and sorted by one block; with more, each block of the choice counts its own, from which a block
+ * of the sort knows the places of those. Any way does the same operations on a row.
  */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/norm.cuh"
@@ -10,27 +11,36 @@
 
 namespace {
 
-constexpr int LOGIT_WARPS = 8, LOGIT_ROWS = 4, SELECT_WARPS = 4, SORT_THREADS = 1024;
-constexpr uint32_t FEW_ROWS = 16, FEW_EXPERTS = 4, FEW_FLOATS = 8192; /* the latter two of one block of few_kernel */
+constexpr int SELECT_WARPS = 8, SORT_THREADS = 1024;
+constexpr uint32_t FEW_ROWS = 128, SORTED_ROWS = 32, SELECT_ROWS = 8;
+constexpr uint32_t FEW_FLOATS = 32768; /* of normed rows that a block keeps */
 
-/* Norm and logits of ROWS rows and FEW_EXPERTS experts, a warp a logit; the last block rounds the rows. */
-template <int ROWS> __global__ void __launch_bounds__(NORM_THREADS) few_kernel(const struct cuda_route r) {
-    constexpr int AHEAD = 16; /* float4 of the router that a lane fetches before there is anything to multiply */
-    static_assert(FEW_EXPERTS * 4 == NORM_WARPS, "a warp a logit");
+/*
+ * Norm and logits of ROWS rows and EXPERTS experts, a warp TILE_ROWS by TILE_EXPERTS of them. The last block rounds the
+ * first row, the blocks before it the others: the last has no experts where one row is all it takes.
+ */
+template <int ROWS, int EXPERTS, int TILE_ROWS, int TILE_EXPERTS>
+__global__ void __launch_bounds__(NORM_THREADS) few_kernel(const struct cuda_route r) {
+    constexpr int AHEAD = 16 / TILE_EXPERTS; /* float4 of the router that a lane fetches before it can multiply */
+    constexpr uint32_t EXPERT_TILES = EXPERTS / TILE_EXPERTS;
+    static_assert(ROWS / TILE_ROWS * EXPERT_TILES <= NORM_WARPS, "a warp a tile");
     extern __shared__ float4 x[]; /* [ROWS][fours] */
     __shared__ float sums[ROWS][NORM_WARPS], maxima[NORM_WARPS];
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, fours = r.norm.columns / 4;
     const uint32_t first = blockIdx.y * ROWS, rows = min(r.norm.rows - first, (uint32_t)ROWS);
-    const uint32_t expert = blockIdx.x * FEW_EXPERTS + warp % FEW_EXPERTS, own = warp / FEW_EXPERTS;
+    const uint32_t expert = blockIdx.x * EXPERTS + warp % EXPERT_TILES * TILE_EXPERTS;
+    const uint32_t own = warp / EXPERT_TILES * TILE_ROWS;
     const bool busy = expert < r.experts && own < rows;
-    const float4 *router = (const float4 *)r.router + (uint64_t)expert * fours;
-    float4 ahead[AHEAD];
+    const float4 *router[TILE_EXPERTS];
+    float4 ahead[TILE_EXPERTS][AHEAD];
     launch_dependents();
-    if (busy) {
+#pragma unroll
+    for (int e = 0; e < TILE_EXPERTS; e++) { /* those behind the last repeat it */
+        router[e] = (const float4 *)r.router + (uint64_t)min(expert + e, r.experts - 1) * fours;
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)
-            if (lane + 32 * k < fours)
-                ahead[k] = router[lane + 32 * k];
+            if (busy && lane + 32 * k < fours)
+                ahead[e][k] = router[e][lane + 32 * k];
     }
     wait_for_predecessor();
 
@@ -64,101 +74,99 @@ template <int ROWS> __global__ void __launch_bounds__(NORM_THREADS) few_kernel(c
 
     if (busy) {
         const float4 *values = x + own * fours;
-        float logit = 0;
+        float logit[TILE_EXPERTS][TILE_ROWS] = {};
+        const auto add = [&](int e, uint32_t i, float4 w) {
+#pragma unroll
+            for (int j = 0; j < TILE_ROWS; j++)
+                logit[e][j] = dot4(w, values[j * fours + i], logit[e][j]);
+        };
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)
             if (lane + 32 * k < fours)
-                logit = dot4(ahead[k], values[lane + 32 * k], logit);
+#pragma unroll
+                for (int e = 0; e < TILE_EXPERTS; e++)
+                    add(e, lane + 32 * k, ahead[e][k]);
+#pragma unroll 4
         for (uint32_t i = lane + 32 * AHEAD; i < fours; i += 32)
-            logit = dot4(router[i], values[i], logit);
-        logit = warp_reduce(logit, plus);
-        if (lane == 0)
-            r.logits[(uint64_t)(first + own) * r.experts + expert] = logit;
+#pragma unroll
+            for (int e = 0; e < TILE_EXPERTS; e++)
+                add(e, i, router[e][i]);
+#pragma unroll
+        for (int e = 0; e < TILE_EXPERTS; e++)
+#pragma unroll
+            for (int j = 0; j < TILE_ROWS; j++) {
+                const float result = route_sum(logit[e][j]);
+                if (lane == 0 && expert + e < r.experts && own + j < rows)
+                    r.logits[(uint64_t)(first + own + j) * r.experts + expert + e] = result;
+            }
     }
-    if (blockIdx.x + 1 < gridDim.x)
-        return;
-    for (uint32_t j = 0; j < rows; j++) {
+    const uint32_t padded = padded_columns(r.norm.columns);
+    for (uint32_t j = gridDim.x - 1 - blockIdx.x; j < rows; j += gridDim.x) {
         float greatest = 0, shrink;
         for (uint32_t i = threadIdx.x; i < fours; i += NORM_THREADS)
             greatest = greater(greatest, greatest_of(x[j * fours + i]));
         const float scale = rounding_scale(block_reduce(greatest, greater, maxima), shrink);
-        const uint32_t padded = padded_columns(r.norm.columns);
         uint2 *out = (uint2 *)((half *)r.norm.out.half + (uint64_t)(first + j) * padded);
         for (uint32_t i = threadIdx.x; i < padded / 4; i += NORM_THREADS)
-            out[i] = i < fours ? rounded(x[j * fours + i], shrink) : make_uint2(0, 0);
+            store_rounded(r.norm.out, out, i, i < fours ? rounded(x[j * fours + i], shrink) : make_uint2(0, 0));
         if (threadIdx.x == 0)
             r.norm.out.scale[first + j] = scale;
         __syncthreads();
     }
 }
 
-/* One warp: one expert, LOGIT_ROWS rows of norm.plain. */
-__global__ void __launch_bounds__(LOGIT_WARPS * 32) logits_kernel(const struct cuda_route r) {
-    const uint32_t expert = blockIdx.x * LOGIT_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t first = blockIdx.y * LOGIT_ROWS, fours = r.norm.columns / 4;
-    launch_dependents();
-    wait_for_predecessor();
-    if (expert >= r.experts)
-        return;
-    const float4 *w = (const float4 *)r.router + (uint64_t)expert * fours;
-    const float4 *x[LOGIT_ROWS];
-#pragma unroll
-    for (int j = 0; j < LOGIT_ROWS; j++) /* rows behind the last repeat it */
-        x[j] = (const float4 *)r.norm.plain + (uint64_t)min(first + j, r.norm.rows - 1) * fours;
-    float sums[LOGIT_ROWS] = {};
-#pragma unroll 4
-    for (uint32_t i = lane; i < fours; i += 32) {
-        const float4 a = w[i];
-#pragma unroll
-        for (int j = 0; j < LOGIT_ROWS; j++)
-            sums[j] = dot4(a, x[j][i], sums[j]);
-    }
-#pragma unroll
-    for (int j = 0; j < LOGIT_ROWS; j++) {
-        const float sum = warp_reduce(sums[j], plus);
-        if (lane == 0 && first + j < r.norm.rows)
-            r.logits[(uint64_t)(first + j) * r.experts + expert] = sum;
-    }
-}
-
-/* One warp chooses the experts of a row; `chosen` gets a second copy of them where given. */
+/* One warp chooses the experts of a row; lane i < used gets that of rank i. */
 template <int PER_LANE>
-__device__ __forceinline__ void select_row(const struct cuda_route &r, uint32_t row, uint32_t lane, uint32_t *chosen) {
+__device__ __forceinline__ uint32_t select_row(const struct cuda_route &r, uint32_t row, uint32_t lane) {
     uint32_t expert = 0;
     float weight;
     route_select<PER_LANE>(r.logits + (uint64_t)row * r.experts, r.experts, r.used, lane, expert, weight);
-    if (lane >= r.used)
-        return;
-    r.chosen[row * r.used + lane] = expert;
-    r.weights[row * r.used + lane] = weight;
-    if (chosen)
-        chosen[row * r.used + lane] = expert;
+    if (lane < r.used) {
+        r.chosen[row * r.used + lane] = expert;
+        r.weights[row * r.used + lane] = weight;
+    }
+    return expert;
 }
 
+/* Rows of each block of the choice and of the sort. */
+__host__ __device__ __forceinline__ uint32_t block_rows(uint32_t rows) {
+    const uint32_t share = (rows + CUDA_SORT_BLOCKS - 1) / CUDA_SORT_BLOCKS;
+    return share > SELECT_ROWS ? share : SELECT_ROWS;
+}
+
+/* A block's rows: their experts, and how often it has each of these. */
 template <int PER_LANE> __global__ void __launch_bounds__(SELECT_WARPS * 32) select_kernel(const struct cuda_route r) {
-    const uint32_t row = blockIdx.x * SELECT_WARPS + threadIdx.x / 32;
+    __shared__ uint32_t counts[CUDA_EXPERTS_MAX];
+    const uint32_t lane = threadIdx.x % 32, share = block_rows(r.norm.rows), first = blockIdx.x * share;
     launch_dependents();
+    for (uint32_t e = threadIdx.x; e < r.experts; e += blockDim.x)
+        counts[e] = 0;
     wait_for_predecessor();
-    if (row < r.norm.rows)
-        select_row<PER_LANE>(r, row, threadIdx.x % 32, NULL);
+    __syncthreads();
+    for (uint32_t row = first + threadIdx.x / 32; row < min(first + share, r.norm.rows); row += SELECT_WARPS) {
+        const uint32_t expert = select_row<PER_LANE>(r, row, lane);
+        if (lane < r.used)
+            atomicAdd(&counts[expert], 1);
+    }
+    __syncthreads();
+    for (uint32_t e = threadIdx.x; e < r.experts; e += blockDim.x)
+        r.counts[blockIdx.x * r.experts + e] = counts[e];
 }
 
-/* One block: counts per expert, their places, the assignments in them, and the items. */
-__device__ __forceinline__ void sort_assignments(const struct cuda_route &r, const uint32_t *chosen) {
-    __shared__ uint32_t counts[CUDA_EXPERTS_MAX];
+/*
+ * A block puts the assignments first .. last into their experts' lists. Thread i has expert i: `count` assignments, of
+ * which `before` are other blocks' and stand before this one's. next: [CUDA_EXPERTS_MAX], shared. The first block makes
+ * the items.
+ */
+__device__ __forceinline__ void sort_assignments(const struct cuda_route &r, const uint32_t *chosen, uint32_t first,
+                                                 uint32_t last, uint32_t count, uint32_t before, uint32_t *next) {
     __shared__ uint64_t warps[SORT_THREADS / 32];
-    const uint32_t i = threadIdx.x, lane = i % 32, assignments = r.norm.rows * r.used;
-    counts[i] = 0;
-    __syncthreads();
-    for (uint32_t a = i; a < assignments; a += SORT_THREADS)
-        atomicAdd(&counts[chosen[a]], 1);
-    __syncthreads();
-    const uint32_t count = counts[i], pieces = (count + r.item_tokens - 1) / r.item_tokens;
+    const uint32_t i = threadIdx.x, lane = i % 32, pieces = (count + r.item_tokens - 1) / r.item_tokens;
     uint64_t sum = (uint64_t)count << 32 | pieces; /* of both over the experts up to this thread's */
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
-        const uint64_t before = __shfl_up_sync(0xffffffffu, sum, offset);
-        sum += lane >= (uint32_t)offset ? before : 0;
+        const uint64_t left = __shfl_up_sync(0xffffffffu, sum, offset);
+        sum += lane >= (uint32_t)offset ? left : 0;
     }
     if (lane == 31)
         warps[i / 32] = sum;
@@ -169,63 +177,96 @@ __device__ __forceinline__ void sort_assignments(const struct cuda_route &r, con
         below += __shfl_xor_sync(0xffffffffu, below, offset);
     sum += below;
     const uint32_t start = (uint32_t)(sum >> 32) - count, first_item = (uint32_t)sum - pieces;
+    next[i] = start + before;
+    __syncthreads();
+    /* Where among its block's an assignment stands is left to chance: no result depends on it. */
+    for (uint32_t a = first + i; a < last; a += SORT_THREADS)
+        r.order[atomicAdd(&next[chosen[a]], 1)] = a;
+    if (blockIdx.x > 0)
+        return;
     for (uint32_t j = 0; j < pieces; j++)
         r.items[first_item + j] = {i, start + j * r.item_tokens, min(r.item_tokens, count - j * r.item_tokens)};
     if (i == SORT_THREADS - 1)
         *r.item_count = (uint32_t)sum;
-    counts[i] = start;
-    __syncthreads();
-    /* Where in its expert's list an assignment stands is left to chance: no result depends on it. */
-    for (uint32_t a = i; a < assignments; a += SORT_THREADS)
-        r.order[atomicAdd(&counts[chosen[a]], 1)] = a;
 }
 
 __global__ void __launch_bounds__(SORT_THREADS) sort_kernel(const struct cuda_route r) {
+    __shared__ uint32_t all[CUDA_EXPERTS_MAX], before[CUDA_EXPERTS_MAX];
+    const uint32_t padded = (r.experts + 31) / 32 * 32, expert = threadIdx.x % padded, slices = SORT_THREADS / padded;
+    const uint32_t first = blockIdx.x * block_rows(r.norm.rows),
+                   last = min(first + block_rows(r.norm.rows), r.norm.rows);
     launch_dependents();
+    all[threadIdx.x] = before[threadIdx.x] = 0;
+    __syncthreads();
     wait_for_predecessor();
-    sort_assignments(r, r.chosen);
+    if (expert < r.experts && threadIdx.x / padded < slices) {
+        uint32_t count = 0, count_before = 0;
+#pragma unroll 8
+        for (uint32_t b = threadIdx.x / padded; b < gridDim.x; b += slices) {
+            const uint32_t of_block = r.counts[b * r.experts + expert];
+            count += of_block;
+            count_before += b < blockIdx.x ? of_block : 0;
+        }
+        atomicAdd(&all[expert], count);
+        atomicAdd(&before[expert], count_before);
+    }
+    __syncthreads();
+    sort_assignments(r, r.chosen, first * r.used, last * r.used, all[threadIdx.x], before[threadIdx.x], all);
 }
 
 template <int PER_LANE> __global__ void __launch_bounds__(SORT_THREADS) select_sort_kernel(const struct cuda_route r) {
-    __shared__ uint32_t chosen[FEW_ROWS * CUDA_EXPERTS_USED_MAX];
+    __shared__ uint32_t chosen[SORTED_ROWS * CUDA_EXPERTS_USED_MAX], counts[CUDA_EXPERTS_MAX];
+    const uint32_t lane = threadIdx.x % 32;
     launch_dependents();
+    counts[threadIdx.x] = 0;
+    __syncthreads();
     wait_for_predecessor();
-    for (uint32_t row = threadIdx.x / 32; row < r.norm.rows; row += SORT_THREADS / 32)
-        select_row<PER_LANE>(r, row, threadIdx.x % 32, chosen);
-    sort_assignments(r, chosen);
+    for (uint32_t row = threadIdx.x / 32; row < r.norm.rows; row += SORT_THREADS / 32) {
+        const uint32_t expert = select_row<PER_LANE>(r, row, lane);
+        if (lane < r.used) {
+            chosen[row * r.used + lane] = expert;
+            atomicAdd(&counts[expert], 1);
+        }
+    }
+    __syncthreads();
+    sort_assignments(r, chosen, 0, r.norm.rows * r.used, counts[threadIdx.x], 0, counts);
 }
 
 static_assert(SORT_THREADS == CUDA_EXPERTS_MAX, "one thread an expert");
 
-template <int ROWS> cudaError_t launch_few(const struct cuda_route *r, cudaStream_t stream) {
-    const dim3 grid((r->experts + FEW_EXPERTS - 1) / FEW_EXPERTS + 1, (r->norm.rows + ROWS - 1) / ROWS);
-    return launch(few_kernel<ROWS>, grid, dim3(NORM_THREADS), ROWS * r->norm.columns * sizeof(float), stream, *r);
+/* SPARE: blocks without experts. */
+template <int ROWS, int EXPERTS, int TILE_ROWS, int TILE_EXPERTS, int SPARE>
+cudaError_t launch_few(const struct cuda_route *r, cudaStream_t stream) {
+    const auto kernel = few_kernel<ROWS, EXPERTS, TILE_ROWS, TILE_EXPERTS>;
+    const size_t shared = ROWS * r->norm.columns * sizeof(float);
+    const dim3 grid((r->experts + EXPERTS - 1) / EXPERTS + SPARE, (r->norm.rows + ROWS - 1) / ROWS);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    return error ? error : launch(kernel, grid, dim3(NORM_THREADS), shared, stream, *r);
 }
 
-template <int PER_LANE> cudaError_t route_few(const struct cuda_route *r, cudaStream_t stream) {
-    const uint32_t most = FEW_FLOATS / r->norm.columns;
-    cudaError_t error = r->norm.rows == 1 || most < 2   ? launch_few<1>(r, stream)
-                        : r->norm.rows == 2 || most < 4 ? launch_few<2>(r, stream)
-                                                        : launch_few<4>(r, stream);
-    return error ? error : launch(select_sort_kernel<PER_LANE>, dim3(1), dim3(SORT_THREADS), 0, stream, *r);
-}
-
-template <int PER_LANE> cudaError_t route_many(const struct cuda_route *r, cudaStream_t stream) {
-    const uint32_t rows = r->norm.rows;
-    cudaError_t error = cuda_norm(&r->norm, stream);
-    if (error == cudaSuccess)
-        error = launch(logits_kernel,
-                       dim3((r->experts + LOGIT_WARPS - 1) / LOGIT_WARPS, (rows + LOGIT_ROWS - 1) / LOGIT_ROWS),
-                       dim3(LOGIT_WARPS * 32), 0, stream, *r);
-    if (error == cudaSuccess)
-        error = launch(select_kernel<PER_LANE>, dim3((rows + SELECT_WARPS - 1) / SELECT_WARPS),
-                       dim3(SELECT_WARPS * 32), 0, stream, *r);
-    return error ? error : launch(sort_kernel, dim3(1), dim3(SORT_THREADS), 0, stream, *r);
+/* Blocks are as many as run at a time, or fewer: with 16 rows and 128 experts 132, with 64 or 128 rows 128. */
+cudaError_t norm_and_logits(const struct cuda_route *r, cudaStream_t stream) {
+    const uint32_t rows = r->norm.rows, most = FEW_FLOATS / r->norm.columns;
+    if (rows <= 16 && most >= 4)
+        return rows == 1   ? launch_few<1, 4, 1, 1, 1>(r, stream)
+               : rows == 2 ? launch_few<2, 4, 1, 1, 1>(r, stream)
+                           : launch_few<4, 4, 1, 1, 1>(r, stream);
+    if (rows <= FEW_ROWS && most >= 8)
+        return rows <= FEW_ROWS / 2 ? launch_few<8, 8, 2, 2, 0>(r, stream) : launch_few<8, 16, 4, 2, 0>(r, stream);
+    const cudaError_t error = cuda_norm(&r->norm, stream);
+    return error ? error : route_logits(r, stream);
 }
 
 template <int PER_LANE> cudaError_t route(const struct cuda_route *r, cudaStream_t stream) {
-    const bool few = r->norm.rows <= FEW_ROWS && r->norm.columns <= FEW_FLOATS;
-    return few ? route_few<PER_LANE>(r, stream) : route_many<PER_LANE>(r, stream);
+    const cudaError_t error = norm_and_logits(r, stream);
+    if (error != cudaSuccess)
+        return error;
+    if (r->norm.rows <= SORTED_ROWS)
+        return launch(select_sort_kernel<PER_LANE>, dim3(1), dim3(SORT_THREADS), 0, stream, *r);
+    const uint32_t share = block_rows(r->norm.rows);
+    const dim3 blocks((r->norm.rows + share - 1) / share);
+    const cudaError_t selected = launch(select_kernel<PER_LANE>, blocks, dim3(SELECT_WARPS * 32), 0, stream, *r);
+    return selected ? selected : launch(sort_kernel, blocks, dim3(SORT_THREADS), 0, stream, *r);
 }
 
 } // namespace

@@ -4,10 +4,26 @@
 #include <math.h>
 #include <stdint.h>
 
-/* The router's arithmetic on one row, by one warp. */
+#include "kernels/cuda/cuda.h"
+
+/*
+ * The router's arithmetic on one row, by one warp. A logit: lane l adds the products of columns 4 l .. 4 l + 3, 4 l + 128,
+ * ... by fma; lanes l < 8 add to that the sums of lanes l + 8, l + 16 and l + 24 in turn, and are halved 4, 2, 1.
+ */
 
 static __device__ __forceinline__ float dot4(float4 a, float4 b, float sum) {
     return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
+/* The logit of what the lanes have added up, in lane 0. */
+static __device__ __forceinline__ float route_sum(float sum) {
+    const float second = __shfl_down_sync(0xffffffffu, sum, 8), third = __shfl_down_sync(0xffffffffu, sum, 16),
+                fourth = __shfl_down_sync(0xffffffffu, sum, 24);
+    sum = ((sum + second) + third) + fourth;
+#pragma unroll
+    for (int offset = 4; offset; offset /= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return sum;
 }
 
 /* Orders floats as integers; NaN below everything, so that it is chosen last. 0: taken, or not there. */
@@ -40,7 +56,7 @@ static __device__ __forceinline__ void route_select(const float *logits, uint32_
         }
     }
     nan = __any_sync(0xffffffffu, nan);
-    float greatest = 0, total = 0, mine = 0;
+    uint32_t own_top = 0;
     for (uint32_t rank = 0; rank < used; rank++) {
         uint32_t best = 0, at = 0;
 #pragma unroll
@@ -55,17 +71,19 @@ static __device__ __forceinline__ void route_select(const float *logits, uint32_
         for (int i = 0; i < PER_LANE; i++)
             if (lane + 32 * i == expert)
                 keys[i] = 0;
-        const float logit = key_value(top);
-        if (rank == 0)
-            greatest = logit;
-        const float weight = expf(logit - greatest);
-        total += weight;
         if (lane == rank) {
-            mine = weight;
+            own_top = top;
             chosen = expert;
         }
     }
+    const float logit = key_value(own_top), mine = expf(logit - __shfl_sync(0xffffffffu, logit, 0));
+    float total = 0;
+    for (uint32_t rank = 0; rank < used; rank++)
+        total += __shfl_sync(0xffffffffu, mine, rank);
     chosen_weight = nan ? NAN : mine / total;
 }
+
+/* The logits of many rows, of which cuda_norm has made norm.factors: logits.cu. */
+cudaError_t route_logits(const struct cuda_route *route, cudaStream_t stream);
 
 #endif

@@ -230,9 +230,10 @@ static void test_many(struct random *random, const struct problem *p) {
         for (uint32_t i = 0; i < p->columns; i++)
             halves[(size_t)t * padded + i] = f16_from_double((double)((int)random_below(random, 2049) - 1024) / 64);
     }
-    void *x = cuda_test_buffer(halves, halves_bytes), *interleaved = cuda_test_buffer(halves, halves_bytes);
+    void *x = cuda_test_buffer(halves, halves_bytes);
+    cuda_test_interleave(halves, (size_t)p->tokens * padded);
+    void *interleaved = cuda_test_buffer(halves, halves_bytes);
     float *device_scales = cuda_test_buffer(scales, sizeof *scales * p->tokens);
-    CUDA_CHECK(cuda_interleave(interleaved, p->columns, p->tokens, 0));
 
     uint32_t *expert = calloc(assignments, sizeof *expert), *order = calloc(assignments, sizeof *order);
     struct cuda_item *items = calloc(assignments, sizeof *items);

@@ -51,4 +51,15 @@ static inline void cuda_test_fetch(void *to, const void *device, size_t bytes) {
     CUDA_CHECK(cudaMemcpy(to, device, bytes, cudaMemcpyDeviceToHost));
 }
 
+/* The order of cuda_activation's interleaved rows, in place; n is a multiple of 32. */
+static inline void cuda_test_interleave(uint16_t *halves, size_t n) {
+    for (uint16_t *group = halves; group < halves + n; group += 32) {
+        uint16_t before[32];
+        memcpy(before, group, sizeof before);
+        for (int t = 0; t < 4; t++)
+            for (int k = 0; k < 4; k++)
+                memcpy(group + 2 * (4 * k + t), before + 2 * (4 * t + k), 2 * sizeof *group);
+    }
+}
+
 #endif
