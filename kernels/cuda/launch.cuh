@@ -20,21 +20,30 @@ static __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
-/* Launches a kernel that may begin while its predecessor ends. */
+/* Launches a kernel that may begin while its predecessor ends, with blocks along x in clusters of `cluster`, or in none: 1. */
 template <class... PARAMETERS, class... ARGUMENTS>
-static cudaError_t launch(void (*kernel)(PARAMETERS...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                          ARGUMENTS... arguments) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+static cudaError_t launch_clusters(uint32_t cluster, void (*kernel)(PARAMETERS...), dim3 grid, dim3 block, size_t shared,
+                                   cudaStream_t stream, ARGUMENTS... arguments) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = cluster > 1 ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, PARAMETERS(arguments)...);
+}
+
+template <class... PARAMETERS, class... ARGUMENTS>
+static cudaError_t launch(void (*kernel)(PARAMETERS...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                          ARGUMENTS... arguments) {
+    return launch_clusters(1, kernel, grid, block, shared, stream, arguments...);
 }
 
 /* Bytes of 16 rows of 256 weights in a format. */
