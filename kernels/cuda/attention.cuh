@@ -1,0 +1,280 @@
+#ifndef MOED_KERNELS_CUDA_ATTENTION_CUH
+#define MOED_KERNELS_CUDA_ATTENTION_CUH
+
+#include <cuda_fp16.h>
+#include <math.h>
+#include <stdint.h>
+
+#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/mma.cuh"
+
+/*
+ * What all kernels of attention do alike: see cuda_attention in cuda.h for shapes and the order of sums.
+ *
+ * A warp multiplies 16 rows of q with a block's 32 positions by mma.m16n8k16. Lane 4 g + t owns positions 8 t to 8 t + 7
+ * of the block and, in every 32 dimensions, dimensions 8 t to 8 t + 7: keys are read so that the scores a lane gets are
+ * those of its own positions, which makes them, as f16, the left operand of the product with the values without any
+ * exchange between lanes. What a row gets does not depend on the other rows of its tile: positions behind its own weigh
+ * exactly 0, and a block of such positions changes nothing.
+ */
+constexpr uint32_t ATTENTION_PIECE_BLOCKS = CUDA_KV_PIECE / CUDA_KV_BLOCK;
+
+struct attention_parameters {
+    const half *q, *cache;
+    const uint32_t *position, *table, *tables, *tiles, *tile_rows;
+    float *partial, *y; /* partial: [rows][heads][pieces][head_dim], not divided by the sum of weights */
+    float2 *stats;      /* [rows][heads][pieces]: of the partial results, max and sum */
+    struct cuda_activation out;
+    uint32_t heads, kv_heads, group, rows, pieces, tile_count;
+    uint64_t block_halves;
+};
+
+/* Rows g and g + 8 of a warp's 16: max and sum of the weights so far, and the values (all or some) weighted by them. */
+template <int VALUES> struct attention_state {
+    float max[2], sum[2], out[VALUES / 8][4];
+
+    __device__ __forceinline__ void clear() {
+        max[0] = max[1] = -INFINITY;
+        sum[0] = sum[1] = 0;
+#pragma unroll
+        for (int i = 0; i < VALUES / 8; i++)
+            out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0;
+    }
+};
+
+/* The hardware's 2^x: less than 2^-126 is 0. */
+static __device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* Factor that brings sums made with maximum `from` to the maximum `to`; 0 where there was nothing yet. */
+static __device__ __forceinline__ float rescale(float from, float to) {
+    return from == -INFINITY ? 0.0f : power_of_two(from - to);
+}
+
+/* The maximum after a piece; a NaN stays. */
+static __device__ __forceinline__ float next_maximum(float max, float piece_max) {
+    return piece_max > max || piece_max != piece_max ? piece_max : max;
+}
+
+/* Joins a piece to the total. */
+static __device__ __forceinline__ void join_factors(float &max, float piece_max, float &keep, float &add) {
+    const float next = next_maximum(max, piece_max);
+    keep = rescale(max, next);
+    add = rescale(piece_max, next);
+    max = next;
+}
+
+static __device__ __forceinline__ float join(float total, float keep, float piece, float add) {
+    return fmaf(piece, add, total * keep);
+}
+
+/* Without a negative zero: whether a sum is 0 or -0 depends on how many zeros were added to it. */
+static __device__ __forceinline__ float quotient(float out, float sum) {
+    return out * (1.0f / sum) + 0.0f;
+}
+
+template <int DIM> struct attention_rows {
+    uint32_t q[DIM / 32][8]; /* left operands of two mma for every 32 dimensions */
+    int limit[2];            /* last position rows g and g + 8 attend to; -1: no such row */
+    int last;                /* the greatest limit of the tile: what lies behind it in the cache may be anything */
+};
+
+static __device__ __forceinline__ uint32_t pack_halves(float low, float high) {
+    const half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&pair);
+}
+
+/* A tile's rows: row i of 16 is head i % group of token i / group. Its number among all rows' heads. */
+static __device__ __forceinline__ uint32_t tile_row_head(const attention_parameters &p, uint32_t tile, uint32_t kv_head,
+                                                         int i) {
+    return (p.tiles[tile] + i / p.group) * p.heads + kv_head * p.group + i % p.group;
+}
+
+/* Reads q, which the kernel before has made; `there`: false for no rows. */
+template <int DIM>
+static __device__ __forceinline__ void load_rows(const attention_parameters &p, uint32_t tile, bool there,
+                                                 uint32_t kv_head, int lane, attention_rows<DIM> &rows) {
+    const uint32_t count = there ? p.tile_rows[tile] : 0;
+    rows.last = count ? (int)p.position[p.tiles[tile] + count - 1] : -1;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const uint32_t i = lane / 4 + 8 * r, token = i / p.group;
+        rows.limit[r] = token < count ? (int)p.position[p.tiles[tile] + token] : -1;
+        const half *q =
+            p.q + (token < count ? tile_row_head(p, tile, kv_head, i) : 0) * (uint64_t)DIM + 8 * (lane & 3);
+#pragma unroll
+        for (int d = 0; d < DIM / 32; d++) {
+            const uint4 v = token < count ? *(const uint4 *)(q + 32 * d) : make_uint4(0, 0, 0, 0);
+            rows.q[d][r] = v.x;
+            rows.q[d][2 + r] = v.y;
+            rows.q[d][4 + r] = v.z;
+            rows.q[d][6 + r] = v.w;
+        }
+    }
+}
+
+/*
+ * Scores of a block that begins at `start` become weights: of row r and product j scores[4 j + 2 r] and the next are
+ * positions 8 t + 2 j and the next. max and sum go on; keep is what they were multiplied by. weights: left operands of
+ * the two products with the values. `masked` may be false where no row ends within the block. ROWS 1: row g alone.
+ */
+template <int ROWS = 2>
+static __device__ __forceinline__ void weigh_scores(float *scores, int start, const int limit[2], bool masked, int lane,
+                                                    float max[2], float sum[2], float keep[2],
+                                                    uint32_t weights[8]) {
+    const int first = start + 8 * (lane & 3);
+    if (masked)
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            if (i / 2 % 2 < ROWS && first + 2 * (i / 4) + i % 2 > limit[i / 2 % 2])
+                scores[i] = -INFINITY;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        float next = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            next = fmaxf(next, fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
+        next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 1));
+        next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 2));
+        next = fmaxf(next, max[r]);
+        keep[r] = rescale(max[r], next);
+        const float base = next == -INFINITY ? 0.0f : next; /* so that -Inf weighs 0, and a NaN makes one */
+        float block_sum = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float w0 = power_of_two(scores[4 * j + 2 * r] - base),
+                        w1 = power_of_two(scores[4 * j + 2 * r + 1] - base);
+            block_sum += w0 + w1;
+            weights[2 * j + r] = pack_halves(w0, w1);
+        }
+        sum[r] = fmaf(sum[r], keep[r], block_sum);
+        max[r] = next;
+    }
+}
+
+/*
+ * Sums of one lane become those of the row. Lanes of a row hold different positions, each a sum over rising blocks;
+ * they are added 0 + 1, 2 + 3, then both.
+ */
+static __device__ __forceinline__ float row_sum(float sum) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+}
+
+/* What is left of two neighbouring values up to position `last`: 0 times a stale Inf behind it would be NaN. */
+static __device__ __forceinline__ uint32_t values_mask(int position, int last) {
+    return position > last ? 0 : position + 1 > last ? 0xffffu : 0xffffffffu;
+}
+
+/* A block's keys of a KV head; the values follow. */
+template <int DIM>
+static __device__ __forceinline__ const half *block_keys(const attention_parameters &p, uint32_t id,
+                                                         uint32_t kv_head) {
+    return p.cache + id * p.block_halves + (uint64_t)kv_head * 2 * DIM * CUDA_KV_BLOCK;
+}
+
+/*
+ * One block of positions from `start` on into the state of a piece, for the VALUES dimensions from `values` on. AHEAD: of
+ * these, eights fetched in advance; keys are too where any are. ROWS 1: there are no rows g + 8.
+ */
+template <int DIM, int VALUES, int AHEAD, int ROWS = 2>
+static __device__ __forceinline__ void attend_block(const attention_rows<DIM> &rows, const half *keys,
+                                                    const half *values, int start, int lane,
+                                                    attention_state<VALUES> &s) {
+    const int g = lane / 4, t = lane & 3;
+    const half *key = keys + (8 * (g / 2) + g % 2) * DIM + 8 * t;
+    float scores[16] = {};
+    constexpr int KEYS = AHEAD ? 4 : 1;
+#pragma unroll
+    for (int first = 0; first < DIM / 32; first += KEYS) {
+        uint4 k[KEYS][4];
+#pragma unroll
+        for (int i = 0; i < KEYS && first + i < DIM / 32; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) /* column n of product j is position 8 (n / 2) + 2 j + n % 2 */
+                k[i][j] = *(const uint4 *)(key + 2 * j * DIM + 32 * (first + i));
+#pragma unroll
+        for (int i = 0; i < KEYS && first + i < DIM / 32; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                mma(scores + 4 * j, rows.q[first + i], k[i][j].x, k[i][j].y);
+                mma(scores + 4 * j, rows.q[first + i] + 4, k[i][j].z, k[i][j].w);
+            }
+    }
+    const half *value = values + g * CUDA_KV_BLOCK + 8 * t;
+    uint4 ahead[AHEAD ? AHEAD : 1];
+#pragma unroll
+    for (int n = 0; n < AHEAD; n++)
+        ahead[n] = *(const uint4 *)(value + 8 * n * CUDA_KV_BLOCK);
+    uint32_t weights[8] = {};
+    float keep[2];
+    weigh_scores<ROWS>(scores, start, rows.limit, true, lane, s.max, s.sum, keep, weights);
+    uint32_t masks[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        masks[i] = values_mask(start + 8 * t + 2 * i, rows.last);
+#pragma unroll
+    for (int n = 0; n < VALUES / 8; n++) {
+        const uint4 v = n < AHEAD ? ahead[AHEAD ? n : 0] : *(const uint4 *)(value + 8 * n * CUDA_KV_BLOCK);
+        s.out[n][0] *= keep[0];
+        s.out[n][1] *= keep[0];
+        if (ROWS > 1) {
+            s.out[n][2] *= keep[1];
+            s.out[n][3] *= keep[1];
+        }
+        mma(s.out[n], weights, v.x & masks[0], v.y & masks[1]);
+        mma(s.out[n], weights + 4, v.z & masks[2], v.w & masks[3]);
+    }
+}
+
+/*
+ * One warp joins the pieces of a head, [piece][DIM] and {max, sum} of each, for OWN dimensions a lane: out[i] is dimension
+ * lane + 32 i from `partial` on. Lane l makes the factors of a round's piece l: the maxima before and after it are the
+ * greatest of the pieces until then.
+ */
+template <int DIM, int OWN = DIM / 32>
+static __device__ __forceinline__ void attention_join(const float *partial, const float2 *stats, uint32_t pieces,
+                                                      int lane, float *out) {
+    constexpr int AT_ONCE = 32 / OWN;
+    float max = -INFINITY, sum = 0;
+#pragma unroll
+    for (int d = 0; d < OWN; d++)
+        out[d] = 0;
+    for (uint32_t done = 0; done < pieces; done += AT_ONCE) {
+        const int count = (int)min(pieces - done, (uint32_t)AT_ONCE);
+        const float2 own = lane < count ? stats[done + lane] : make_float2(-INFINITY, 0.0f);
+        float part[AT_ONCE][OWN];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+            for (int d = 0; d < OWN; d++)
+                part[i][d] = i < count ? partial[(uint64_t)(done + i) * DIM + lane + 32 * d] : 0.0f;
+        float after = next_maximum(max, own.x);
+#pragma unroll
+        for (int offset = 1; offset < AT_ONCE; offset *= 2) {
+            const float other = __shfl_up_sync(0xffffffffu, after, offset);
+            if (lane >= offset)
+                after = next_maximum(other, after);
+        }
+        const float shifted = __shfl_up_sync(0xffffffffu, after, 1), before = lane ? shifted : max;
+        const float keep = rescale(before, after), add = rescale(own.x, after);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (i < count) {
+                const float k = __shfl_sync(0xffffffffu, keep, i), a = __shfl_sync(0xffffffffu, add, i);
+                sum = join(sum, k, __shfl_sync(0xffffffffu, own.y, i), a);
+#pragma unroll
+                for (int d = 0; d < OWN; d++)
+                    out[d] = join(out[d], k, part[i][d], a);
+            }
+        max = __shfl_sync(0xffffffffu, after, count - 1);
+    }
+#pragma unroll
+    for (int d = 0; d < OWN; d++)
+        out[d] = quotient(out[d], sum);
+}
+
+#endif
