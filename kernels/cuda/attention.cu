@@ -12,7 +12,7 @@ constexpr int WARPS = 4, JOIN_THREADS = 256, JOIN_WARPS = JOIN_THREADS / 32, JOI
 constexpr uint32_t ROUNDED_MAX = 8192; /* dimensions of a row that join_kernel rounds */
 constexpr uint32_t SPLIT_RING_BYTES = 192 << 10;
 
-/* All pieces of a tile by one warp. */
+/* All pieces of a tile by one warp: where attention_many does not run. */
 template <int DIM> __global__ void __launch_bounds__(WARPS * 32) tile_kernel(const attention_parameters p) {
     const int lane = threadIdx.x & 31;
     const uint32_t kv_head = blockIdx.y, tile = blockIdx.x * WARPS + threadIdx.x / 32;
@@ -267,8 +267,10 @@ template <int DIM> cudaError_t launch_dim(const attention_parameters &p, cudaStr
     if (p.out.half && columns > ROUNDED_MAX)
         return cudaErrorInvalidValue;
     if (!p.partial) {
-        const cudaError_t error = launch(tile_kernel<DIM>, dim3((p.tile_count + WARPS - 1) / WARPS, p.kv_heads),
-                                         dim3(WARPS * 32), 0, stream, p);
+        const cudaError_t error = attention_many_runs(DIM)
+                                      ? attention_many(p, DIM, stream)
+                                      : launch(tile_kernel<DIM>, dim3((p.tile_count + WARPS - 1) / WARPS, p.kv_heads),
+                                               dim3(WARPS * 32), 0, stream, p);
         return error || !p.out.half ? error : cuda_round(p.y, columns, p.rows, &p.out, stream);
     }
     int device = 0, processors = 0;

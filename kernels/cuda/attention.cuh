@@ -29,6 +29,10 @@ struct attention_parameters {
     uint64_t block_halves;
 };
 
+/* All pieces of rows of tiles, eight tiles a block, by Hopper's matrix unit, where device, build and dimension allow it. */
+bool attention_many_runs(uint32_t head_dim);
+cudaError_t attention_many(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
+
 /* Rows g and g + 8 of a warp's 16: max and sum of the weights so far, and the values (all or some) weighted by them. */
 template <int VALUES> struct attention_state {
     float max[2], sum[2], out[VALUES / 8][4];

@@ -143,7 +143,8 @@ cudaError_t cuda_rope(const struct cuda_heads *heads, const struct cuda_rows *ro
  * the softmax runs over blocks in rising order; pieces are joined one by one in rising order. Either way of going about
  * it does the same operations on a row, and gives the same bits:
  *   split: one warp a piece, joined by a second kernel, for few rows. partial: cuda_attention_partial_floats(...) floats;
- *   not split (partial NULL): one warp runs through all pieces, for many rows.
+ *   not split (partial NULL): a warp's rows run through all pieces, for many rows; neighbouring tiles of one sequence share
+ *   what is read of the cache.
  * A warp takes up to 16 rows of q, the query heads of `tile_tokens` consecutive rows of one sequence: tiles[i] is the
  * first row of tile i and tile_rows[i] how many it has, at most cuda_attention_tile_tokens(heads).
  * context_limit: no row's position reaches it; it sets the launch's size.

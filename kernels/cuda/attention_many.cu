@@ -1,0 +1,357 @@
+/*
+ * Causal attention of many rows on Hopper, with the bits of attention.cu: see cuda_attention in cuda.h.
+ *
+ * A block takes eight tiles for one KV head, and of these one run of tiles of the same sequence after the other: a
+ * warpgroup copies the pieces of the run's context to a ring of stages, and runs ahead over runs; two warpgroups of four
+ * tiles each multiply by wgmma, which sums as mma.m16n8k16 does. Its sums lie in a lane's registers as those of mma do,
+ * so all between the products is attention.cuh's. Blocks with the longest contexts come first.
+ */
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/wgmma.cuh"
+
+namespace {
+
+constexpr int CONSUMERS = 2, GROUP_THREADS = 128, THREADS = (CONSUMERS + 1) * GROUP_THREADS;
+constexpr int GROUP_TILES = 4, UNIT_TILES = CONSUMERS * GROUP_TILES;
+constexpr int STAGES = 4;
+
+/*
+ * A piece as wgmma wants its right operands, rows of 64 halves swizzled (wgmma_offset). Of every 32 dimensions or
+ * positions pair 4 t + n lies at 4 n + t, as left operands have them.
+ */
+template <int DIM> struct piece_stage {
+    half keys[DIM / 64][CUDA_KV_PIECE][64]; /* row 32 b + 8 j + 2 t + e: position 32 b + 8 t + 2 j + e */
+    half values[DIM][CUDA_KV_PIECE];
+};
+
+template <int DIM> struct shared_memory {
+    piece_stage<DIM> stages[STAGES];
+    uint64_t full[STAGES], empty[STAGES];
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr int STAGES_BEHIND = 2; /* copies begun and not waited for */
+
+__device__ __forceinline__ uint32_t shared_address(const void *pointer) {
+    return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+__device__ __forceinline__ void barrier_create(uint64_t *barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}\n" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+
+/* The block's tiles, tile i in lane i: its sequence's block table and its last position. */
+struct unit_tiles {
+    uint32_t table;
+    int last, lane;
+    bool there;
+
+    __device__ __forceinline__ unit_tiles(const attention_parameters &p, uint32_t first_tile, int lane_)
+        : table(0), last(-1), lane(lane_) {
+        const uint32_t tile = first_tile + lane;
+        const uint32_t rows = lane < UNIT_TILES && tile < p.tile_count ? p.tile_rows[tile] : 0;
+        there = rows > 0;
+        if (there) {
+            table = p.table[p.tiles[tile]];
+            last = (int)p.position[p.tiles[tile] + rows - 1];
+        }
+    }
+    /* The first tile at or behind `tile` that is there, and the end of those of its sequence that follow it. */
+    __device__ __forceinline__ uint32_t run_begin(uint32_t tile) const {
+        const uint32_t left = __ballot_sync(0xffffffffu, there && lane >= (int)tile);
+        return left ? __ffs(left) - 1 : UNIT_TILES;
+    }
+    __device__ __forceinline__ uint32_t run_end(uint32_t begin) const {
+        const uint32_t of_run = __shfl_sync(0xffffffffu, table, begin);
+        return begin + __ffs(~(__ballot_sync(0xffffffffu, there && table == of_run) >> begin)) - 1;
+    }
+    __device__ __forceinline__ int last_of(uint32_t begin, uint32_t end) const {
+        return __reduce_max_sync(0xffffffffu, lane >= (int)begin && lane < (int)end ? last : -1);
+    }
+};
+
+__device__ __forceinline__ uint32_t pieces_until(int last) {
+    return (uint32_t)(last + CUDA_KV_PIECE) / CUDA_KV_PIECE;
+}
+
+/* Two halves, or as many of their `bytes` as are not to be zero. */
+template <bool WHOLE> __device__ __forceinline__ void copy_pair(uint32_t to, const half *from, uint32_t bytes) {
+    if (WHOLE)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+/* Block b of a piece; values from position `left` of the block on are zeros: what lies there may be anything. */
+template <int DIM, bool WHOLE>
+__device__ __forceinline__ void copy_block(const piece_stage<DIM> &stage, const half *block, int b, int left, int warp,
+                                           int lane) {
+    const int t = lane / 4 % 4, n = lane % 4, upper = lane / 16;
+#pragma unroll
+    for (int e = 0; e < 2; e++) { /* a warp has positions 8 warp to 8 warp + 7, a lane pair `lane` of 64 dimensions */
+        const uint32_t to =
+            shared_address(stage.keys) + b * 32 * 128 + wgmma_offset(2 * warp + e, 4 * upper + n) + 4 * t;
+        const half *from = block + (8 * warp + e) * DIM + 2 * lane;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int d = 0; d < DIM / 64; d++)
+                copy_pair<true>(to + j * 8 * 128 + d * (uint32_t)sizeof stage.keys[0], from + 2 * j * DIM + 64 * d, 4);
+    }
+    const int row = warp + 4 * upper; /* of every 8 dimensions; 4 apart, lanes meet all banks */
+    const uint32_t to = shared_address(stage.values) + wgmma_offset(row, 4 * b + n) + 4 * t;
+    const half *from = block + (DIM + row) * CUDA_KV_BLOCK + 2 * (lane % 16);
+    const uint32_t bytes = 2 * max(min(left - 2 * (lane % 16), 2), 0);
+#pragma unroll
+    for (int m = 0; m < DIM / 8; m++)
+        copy_pair<WHOLE>(to + m * 8 * 128, from + m * 8 * CUDA_KV_BLOCK, bytes);
+}
+
+/* A place in the ring. */
+struct ring_place {
+    uint32_t stage, parity;
+
+    __device__ __forceinline__ void advance() {
+        stage = (stage + 1) % STAGES;
+        parity ^= stage == 0;
+    }
+};
+
+/* The warpgroup that fills the ring. */
+template <int DIM>
+__device__ void copy_pieces(const attention_parameters &p, shared_memory<DIM> &shared, const unit_tiles &tiles,
+                            uint32_t kv_head, uint32_t first_tile, int warp, int lane) {
+    ring_place place = {0, 1};
+    uint32_t issued = 0;
+    for (uint32_t begin = tiles.run_begin(0); begin < UNIT_TILES;) {
+        const uint32_t end = tiles.run_end(begin);
+        const int last = tiles.last_of(begin, end);
+        const uint32_t *table = p.tables + __shfl_sync(0xffffffffu, tiles.table, begin);
+        for (uint32_t i = 0; i < pieces_until(last); i++, place.advance()) {
+            barrier_wait(&shared.empty[place.stage], place.parity);
+#pragma unroll
+            for (int b = 0; b < (int)ATTENTION_PIECE_BLOCKS; b++) {
+                const int start = (int)(i * CUDA_KV_PIECE) + b * CUDA_KV_BLOCK, left = last + 1 - start;
+                const half *from = block_keys<DIM>(p, table[min(start, last) / CUDA_KV_BLOCK], kv_head);
+                if (left >= CUDA_KV_BLOCK)
+                    copy_block<DIM, true>(shared.stages[place.stage], from, b, left, warp, lane);
+                else
+                    copy_block<DIM, false>(shared.stages[place.stage], from, b, left, warp, lane);
+            }
+            asm volatile("cp.async.commit_group;" ::: "memory");
+            if (issued++ >= STAGES_BEHIND) {
+                asm volatile("cp.async.wait_group %0;" ::"n"(STAGES_BEHIND) : "memory");
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                barrier_arrive(&shared.full[(place.stage + STAGES - STAGES_BEHIND) % STAGES]);
+            }
+        }
+        begin = tiles.run_begin(end);
+    }
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    for (uint32_t behind = min(issued, (uint32_t)STAGES_BEHIND); behind > 0; behind--)
+        barrier_arrive(&shared.full[(place.stage + STAGES - behind) % STAGES]);
+}
+
+/* Begins the product of a warpgroup's rows with the keys of a stage. */
+template <int DIM>
+__device__ __forceinline__ void begin_scores(const attention_rows<DIM> &rows, const piece_stage<DIM> &stage,
+                                             float (&scores)[32]) {
+    const uint64_t keys = wgmma_descriptor(shared_address(stage.keys));
+    wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < DIM / 32; d++) {
+        const uint64_t at = keys + d / 2 * (sizeof stage.keys[0] >> 4) + d % 2 * 4;
+        if (d == 0)
+            wgmma_multiply<false>(scores, rows.q[d], at);
+        else
+            wgmma_multiply<true>(scores, rows.q[d], at);
+        wgmma_multiply<true>(scores, rows.q[d] + 4, at + 2);
+    }
+    wgmma_commit();
+}
+
+/* Begins the product of block b's weights with its values. */
+template <int DIM, int b>
+__device__ __forceinline__ void begin_values(const uint32_t weights[8], const piece_stage<DIM> &stage,
+                                             float (&out)[DIM / 2]) {
+    const uint64_t values = wgmma_descriptor(shared_address(stage.values)) + 4 * b;
+    wgmma_fence();
+    wgmma_multiply<(b > 0)>(out, weights, values);
+    wgmma_multiply<true>(out, weights + 4, values + 2);
+    wgmma_commit();
+}
+
+/* What a warpgroup has of its rows: `piece` of the present piece, `total` of those before it. Sums in wgmma's order. */
+template <int DIM> struct many_state {
+    float max[2], sum[2], total[DIM / 2];
+    float piece_max[2], piece_sum[2], piece[DIM / 2];
+    float scores[32];
+
+    __device__ __forceinline__ void clear() {
+        max[0] = max[1] = -INFINITY;
+        sum[0] = sum[1] = 0;
+#pragma unroll
+        for (int n = 0; n < DIM / 2; n++)
+            total[n] = 0;
+    }
+    /* From scores to sums, of which those of the last block are still being made. No row ends before `whole`. */
+    __device__ __forceinline__ void weigh(const attention_rows<DIM> &rows, const piece_stage<DIM> &stage, int start,
+                                          int whole, int lane) {
+        const int second = start + CUDA_KV_BLOCK;
+        float keep[2];
+        uint32_t weights[ATTENTION_PIECE_BLOCKS][8];
+        piece_max[0] = piece_max[1] = -INFINITY;
+        piece_sum[0] = piece_sum[1] = 0;
+        wgmma_wait<0>(scores);
+        weigh_scores(scores, start, rows.limit, second - 1 > whole, lane, piece_max, piece_sum, keep, weights[0]);
+        begin_values<DIM, 0>(weights[0], stage, piece);
+        weigh_scores(scores + 16, second, rows.limit, second + CUDA_KV_BLOCK - 1 > whole, lane, piece_max, piece_sum,
+                     keep, weights[1]);
+        wgmma_wait<0>(piece);
+#pragma unroll
+        for (int n = 0; n < DIM / 2; n++)
+            piece[n] *= keep[n / 2 % 2];
+        begin_values<DIM, 1>(weights[1], stage, piece);
+    }
+    __device__ __forceinline__ void join() {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float keep, add;
+            join_factors(max[r], piece_max[r], keep, add);
+            sum[r] = ::join(sum[r], keep, row_sum(piece_sum[r]), add);
+#pragma unroll
+            for (int n = 2 * r; n < DIM / 2; n += n % 2 ? 3 : 1)
+                total[n] = ::join(total[n], keep, piece[n], add);
+        }
+    }
+    __device__ __forceinline__ void store(const attention_parameters &p, const attention_rows<DIM> &rows, uint32_t tile,
+                                          uint32_t kv_head, int lane) const {
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            if (rows.limit[r] >= 0) {
+                float *y = p.y + (uint64_t)tile_row_head(p, tile, kv_head, lane / 4 + 8 * r) * DIM + 2 * (lane & 3);
+#pragma unroll
+                for (int n = 2 * r; n < DIM / 2; n += 4)
+                    *(float2 *)(y + 2 * (n - 2 * r)) = make_float2(quotient(total[n], sum[r]),
+                                                                   quotient(total[n + 1], sum[r]));
+        }
+    }
+};
+
+/* One run's pieces for a warpgroup whose rows end at `last`; all of the run's are waited for and released. */
+template <int DIM>
+__device__ __forceinline__ void attend_run(const attention_parameters &p, shared_memory<DIM> &shared, ring_place &place,
+                                           uint32_t tile, bool there, uint32_t kv_head, int last, uint32_t run_pieces,
+                                           int lane) {
+    many_state<DIM> state;
+    const uint32_t pieces = pieces_until(last);
+    if (pieces > 0) {
+        attention_rows<DIM> rows;
+        load_rows(p, tile, there, kv_head, lane, rows);
+        const int whole = __reduce_min_sync(0xffffffffu, min(rows.limit[0], rows.limit[1]));
+        state.clear();
+        barrier_wait(&shared.full[place.stage], place.parity);
+        begin_scores(rows, shared.stages[place.stage], state.scores);
+        for (uint32_t i = 0; i + 1 < pieces; i++) {
+            const uint32_t stage = place.stage;
+            state.weigh(rows, shared.stages[stage], (int)(i * CUDA_KV_PIECE), whole, lane);
+            place.advance();
+            barrier_wait(&shared.full[place.stage], place.parity);
+            begin_scores(rows, shared.stages[place.stage], state.scores); /* while this piece is joined */
+            wgmma_wait<1>(state.piece);
+            if (lane == 0)
+                barrier_arrive(&shared.empty[stage]);
+            state.join();
+        }
+        state.weigh(rows, shared.stages[place.stage], (int)((pieces - 1) * CUDA_KV_PIECE), whole, lane);
+        wgmma_wait<0>(state.piece);
+        if (lane == 0)
+            barrier_arrive(&shared.empty[place.stage]);
+        place.advance();
+        state.join();
+        state.store(p, rows, tile, kv_head, lane);
+    }
+    for (uint32_t i = pieces; i < run_pieces; i++, place.advance()) {
+        barrier_wait(&shared.full[place.stage], place.parity);
+        if (lane == 0)
+            barrier_arrive(&shared.empty[place.stage]);
+    }
+}
+
+#endif
+
+template <int DIM> __global__ void __launch_bounds__(THREADS, 1) many_kernel(const attention_parameters p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(1024) unsigned char memory[];
+    shared_memory<DIM> &shared = *reinterpret_cast<shared_memory<DIM> *>(memory);
+    const int group = threadIdx.x / GROUP_THREADS, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+    const uint32_t kv_head = blockIdx.x % p.kv_heads,
+                   first_tile = (gridDim.x - 1 - blockIdx.x) / p.kv_heads * UNIT_TILES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_create(&shared.full[i], GROUP_THREADS);
+            barrier_create(&shared.empty[i], CONSUMERS * GROUP_THREADS / 32);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    launch_dependents();
+    const unit_tiles tiles(p, first_tile, lane);
+    if (group == CONSUMERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        wait_for_predecessor();
+        copy_pieces(p, shared, tiles, kv_head, first_tile, warp % GROUP_TILES, lane);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        wait_for_predecessor();
+        ring_place place = {0, 0};
+        for (uint32_t begin = tiles.run_begin(0); begin < UNIT_TILES;) {
+            const uint32_t end = tiles.run_end(begin);
+            const uint32_t group_begin = max(begin, (uint32_t)(group * GROUP_TILES)),
+                           group_end = min(end, (uint32_t)((group + 1) * GROUP_TILES));
+            attend_run(p, shared, place, first_tile + warp, (uint32_t)warp >= begin && (uint32_t)warp < end, kv_head,
+                       tiles.last_of(group_begin, group_end), pieces_until(tiles.last_of(begin, end)), lane);
+            begin = tiles.run_begin(end);
+        }
+    }
+#endif
+}
+
+template <int DIM> cudaError_t launch_many(const attention_parameters &p, cudaStream_t stream) {
+    const cudaError_t error = cudaFuncSetAttribute(many_kernel<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   sizeof(shared_memory<DIM>));
+    return error ? error
+                 : launch(many_kernel<DIM>, dim3((p.tile_count + UNIT_TILES - 1) / UNIT_TILES * p.kv_heads),
+                          dim3(THREADS), sizeof(shared_memory<DIM>), stream, p);
+}
+
+} // namespace
+
+bool attention_many_runs(uint32_t head_dim) {
+    cudaFuncAttributes attributes;
+    return (head_dim == 64 || head_dim == 128) &&
+           cudaFuncGetAttributes(&attributes, many_kernel<128>) == cudaSuccess && attributes.binaryVersion == 90 &&
+           attributes.ptxVersion == 90;
+}
+
+cudaError_t attention_many(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream) {
+    return head_dim == 64 ? launch_many<64>(p, stream) : launch_many<128>(p, stream);
+}
