@@ -7,15 +7,15 @@
 
 /*
  * cuda_rope and cuda_attention against float64 on random shapes: several sequences of odd lengths, blocks scattered over a
- * cache of NaN, all rows at once, split and not split, and rows alone. All ways must give the same bits, and so must
- * cuda_rope of all rows and of each alone.
+ * cache of NaN, all rows at once, split and not split, and rows alone. All ways must give the same bits, and where they
+ * round y to activations those of cuda_round; and so must cuda_rope of all rows and of each alone.
  */
 
-enum { SEQUENCES = 3, BLOCKS = 64 };
+enum { SEQUENCES = 3, BLOCKS = 64, POSITIONS = BLOCKS * CUDA_KV_BLOCK, COLUMNS_MAX = 8192 };
 
 struct problem {
     struct cuda_heads heads;
-    uint32_t lengths[SEQUENCES], rows;
+    uint32_t lengths[SEQUENCES], rows, longest;
     float *qkv, *q_norm, *k_norm, *cos_sin;
     uint32_t *position, *table, tables[SEQUENCES * BLOCKS];
 };
@@ -27,21 +27,32 @@ static float *random_floats(struct random *random, size_t n, float size) {
     return x;
 }
 
-static void problem_make(struct random *random, bool many, struct problem *p) {
+/* LONG: one context of up to POSITIONS; MANY: more than 512 rows, of which some begin at a multiple of 8. */
+enum kind { SHORT, LONG, MANY, KINDS };
+
+static uint32_t random_length(struct random *random, enum kind kind, int sequence) {
+    if (kind == MANY)
+        return sequence ? 256 + random_below(random, 44) : 8 * (1 + random_below(random, 8));
+    return 1 + random_below(random, sequence == 0 ? 70 : sequence == 1 && kind == LONG ? POSITIONS : 300);
+}
+
+static void problem_make(struct random *random, enum kind kind, struct problem *p) {
     static const uint32_t dims[] = {32, 64, 96, 128, 256};
-    p->heads.head_dim = dims[random_below(random, 5)];
-    p->heads.kv_heads = 1 + random_below(random, 4);
-    p->heads.heads = p->heads.kv_heads * (1 + random_below(random, 12));
-    p->rows = 0;
-    for (int s = 0; s < SEQUENCES; s++) /* many: more than 512, of which some begin at a multiple of 8 */
-        p->rows += p->lengths[s] = many ? (s ? 256 + random_below(random, 44) : 8 * (1 + random_below(random, 8)))
-                                        : 1 + random_below(random, s ? 300 : 70);
+    p->heads.head_dim = dims[kind == LONG ? 3 : random_below(random, 5)];
+    p->heads.kv_heads = kind == LONG ? 1 : 1 + random_below(random, 4);
+    p->heads.heads = p->heads.kv_heads * (kind == LONG ? 8 : 1 + random_below(random, 12));
+    p->rows = p->longest = 0;
+    for (int s = 0; s < SEQUENCES; s++) {
+        p->lengths[s] = random_length(random, kind, s);
+        p->rows += p->lengths[s];
+        p->longest = p->lengths[s] > p->longest ? p->lengths[s] : p->longest;
+    }
     const uint32_t dim = p->heads.head_dim, all = p->heads.heads + 2 * p->heads.kv_heads;
     p->qkv = random_floats(random, (size_t)p->rows * all * dim, 3);
     p->q_norm = random_floats(random, dim, 2);
     p->k_norm = random_floats(random, dim, 2);
-    p->cos_sin = malloc(sizeof *p->cos_sin * 512 * dim);
-    for (uint32_t position = 0; position < 512; position++)
+    p->cos_sin = malloc(sizeof *p->cos_sin * p->longest * dim);
+    for (uint32_t position = 0; position < p->longest; position++)
         for (uint32_t i = 0; i < dim / 2; i++) {
             const double angle = position * pow(1e6, -2.0 * i / dim);
             p->cos_sin[(position * dim / 2 + i) * 2] = (float)cos(angle);
@@ -143,22 +154,54 @@ static bool rope_alone_is_same(const struct problem *p, const struct cuda_rows *
     return same;
 }
 
+/* Whether y comes rounded as cuda_round rounds it, from split and not split. */
+static bool rounds_alike(const struct cuda_attention *attention, float *partial, const float *y) {
+    const uint32_t columns = attention->heads.heads * attention->heads.head_dim, rows = attention->rows.rows;
+    const uint32_t padded = (columns + CUDA_CHUNK - 1) / CUDA_CHUNK * CUDA_CHUNK;
+    const size_t half_bytes = (size_t)2 * rows * padded, scale_bytes = sizeof(float) * rows;
+    struct cuda_attention a = *attention;
+    unsigned char *bytes[3];
+    float *from = cuda_test_buffer(y, sizeof(float) * rows * columns);
+    for (int way = 0; way < 3; way++) {
+        a.y = cuda_test_buffer(NULL, sizeof(float) * rows * columns);
+        a.partial = way == 1 ? partial : NULL;
+        a.out = (struct cuda_activation){cuda_test_buffer(NULL, half_bytes), cuda_test_buffer(NULL, scale_bytes),
+                                        .interleaved = rows % 2};
+        if (way < 2)
+            CUDA_CHECK(cuda_attention(&a, 0));
+        else
+            CUDA_CHECK(cuda_round(from, columns, rows, &a.out, 0));
+        bytes[way] = malloc(half_bytes + scale_bytes);
+        cuda_test_fetch(bytes[way], a.out.half, half_bytes);
+        cuda_test_fetch(bytes[way] + half_bytes, a.out.scale, scale_bytes);
+        cudaFree(a.y);
+        cudaFree(a.out.half);
+        cudaFree(a.out.scale);
+    }
+    const bool alike = memcmp(bytes[0], bytes[2], half_bytes + scale_bytes) == 0 &&
+                       memcmp(bytes[1], bytes[2], half_bytes + scale_bytes) == 0;
+    for (int way = 0; way < 3; way++)
+        free(bytes[way]);
+    cudaFree(from);
+    return alike;
+}
+
 int main(void) {
     struct random random;
     cuda_test_begin(&random);
     for (int round = 0; round < 30; round++) {
         struct problem p;
-        problem_make(&random, round % 2, &p);
+        problem_make(&random, (enum kind)(round % KINDS), &p);
         const uint32_t dim = p.heads.head_dim, all = p.heads.heads + 2 * p.heads.kv_heads;
         const size_t y_bytes = sizeof(float) * p.rows * p.heads.heads * dim;
         const size_t cache_bytes = cuda_kv_block_bytes(&p.heads) * SEQUENCES * BLOCKS;
         float *qkv = cuda_test_buffer(p.qkv, sizeof(float) * p.rows * all * dim);
         float *q_norm = cuda_test_buffer(p.q_norm, sizeof(float) * dim),
               *k_norm = cuda_test_buffer(p.k_norm, sizeof(float) * dim);
-        float *cos_sin = cuda_test_buffer(p.cos_sin, sizeof(float) * 512 * dim);
+        float *cos_sin = cuda_test_buffer(p.cos_sin, sizeof(float) * p.longest * dim);
         void *q = cuda_test_buffer(NULL, 2 * (size_t)p.rows * p.heads.heads * dim),
              *cache = cuda_test_buffer(NULL, cache_bytes);
-        struct cuda_attention a = {.heads = p.heads, .q = q, .cache = cache, .context_limit = 300};
+        struct cuda_attention a = {.heads = p.heads, .q = q, .cache = cache, .context_limit = p.longest};
         a.rows = (struct cuda_rows){cuda_test_buffer(p.position, sizeof(uint32_t) * p.rows),
                                     cuda_test_buffer(p.table, sizeof(uint32_t) * p.rows),
                                     cuda_test_buffer(p.tables, sizeof p.tables), p.rows};
@@ -174,8 +217,9 @@ int main(void) {
             }
         a.tiles = cuda_test_buffer(tiles, sizeof *tiles * p.rows);
         a.tile_rows = cuda_test_buffer(counts, sizeof *counts * p.rows);
-        float *partial = cuda_test_buffer(NULL, sizeof(float) * cuda_attention_partial_floats(&p.heads, p.rows, 300));
+        float *partial = cuda_test_buffer(NULL, sizeof(float) * cuda_attention_partial_floats(&p.heads, p.rows, p.longest));
         float *y[3];
+        bool rounded = true;
         for (int way = 0; way < 3; way++) {
             if (way == 2) { /* one row a tile */
                 for (uint32_t row = 0; row < p.rows; row++) {
@@ -192,13 +236,17 @@ int main(void) {
             y[way] = malloc(y_bytes);
             cuda_test_fetch(y[way], a.y, y_bytes);
             cudaFree(a.y);
+            if (way == 0 && p.heads.heads * dim <= COLUMNS_MAX)
+                rounded = rounds_alike(&a, partial, y[0]);
         }
         const double error = compare(&random, &p, y[0]);
         const bool split = memcmp(y[0], y[1], y_bytes) == 0, alone = memcmp(y[0], y[2], y_bytes) == 0;
-        tap_ok(error < 2e-3 && split && alone && rope,
-               "%u heads of %u, %u kv heads, lengths %u %u %u: relative error %.1e, split %s, alone %s, rope alone %s",
+        tap_ok(error < 2e-3 && split && alone && rounded && rope,
+               "%u heads of %u, %u kv heads, lengths %u %u %u: relative error %.1e, split %s, alone %s, rounded %s, rope "
+               "alone %s",
                p.heads.heads, dim, p.heads.kv_heads, p.lengths[0], p.lengths[1], p.lengths[2], error,
-               split ? "the same" : "DIFFERENT", alone ? "the same" : "DIFFERENT", rope ? "the same" : "DIFFERENT");
+               split ? "the same" : "DIFFERENT", alone ? "the same" : "DIFFERENT", rounded ? "the same" : "DIFFERENT",
+               rope ? "the same" : "DIFFERENT");
         void *device[] = {qkv,
                           q_norm,
                           k_norm,
