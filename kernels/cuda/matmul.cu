@@ -7,6 +7,7 @@
  * wherever it is known by then which.
  */
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/matmul.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/tile.cuh"
 
@@ -15,19 +16,8 @@ namespace {
 constexpr int WARPS = CUDA_CHAINS, CHUNK_GROUPS = CUDA_CHUNK / 32;
 constexpr uint32_t MANY_ITEMS = 48;
 
-/* One of the matrices of a launch. */
-struct part {
-    const uint8_t *tiles;
-    float *y;
-    uint64_t expert_bytes;
-    uint32_t first_block, row_tiles, rows, y_stride;
-    int type;
-    float scale, inverse_scale;
-    enum cuda_epilogue epilogue;
-};
-
 struct parameters {
-    part parts[CUDA_PARTS];
+    matmul_part parts[CUDA_PARTS];
     const half *x;
     const float *x_scale;
     const cuda_item *items;
@@ -55,10 +45,6 @@ template <int N_TILES, int ROW_TILES> struct exchange {
     uint32_t y_row[8 * N_TILES];
     float x_scale[8 * N_TILES];
 };
-
-__device__ __forceinline__ float silu(float x) {
-    return x / (1.0f + expf(-x));
-}
 
 __device__ __forceinline__ void prefetch(const uint8_t *bytes, uint32_t count, int lane) {
     for (uint32_t i = 128 * lane; i < count; i += 128 * 32)
@@ -102,7 +88,7 @@ template <int N_TILES> struct operands {
 };
 
 template <int TYPE, int N_TILES, int ROW_TILES>
-__device__ __forceinline__ void multiply(const parameters &p, const part &w, uint32_t block,
+__device__ __forceinline__ void multiply(const parameters &p, const matmul_part &w, uint32_t block,
                                          exchange<N_TILES, ROW_TILES> &shared) {
     constexpr int TOKENS = 8 * N_TILES, STAGE = operands<N_TILES>::STAGE, STAGES = CHUNK_GROUPS / STAGE;
     constexpr int DEPTH = N_TILES == 8 ? 1 : 2; /* stages of activations in registers */
@@ -206,14 +192,7 @@ __device__ __forceinline__ void multiply(const parameters &p, const part &w, uin
         const uint32_t q = r % out_rows;
         const float factor = shared.x_scale[j];
         float *y = w.y + (uint64_t)shared.y_row[j] * w.y_stride + out_row;
-        float result = sum(q) * factor;
-        if (swiglu)
-            result = silu(result) * (sum(q + CUDA_TILE_ROWS / 2) * factor);
-        else if (w.epilogue == CUDA_GATED)
-            result = silu(*y) * result;
-        else if (w.epilogue == CUDA_ADD)
-            result = *y + result;
-        *y = result;
+        matmul_finish(w.epilogue, sum(q) * factor, swiglu ? sum(q + CUDA_TILE_ROWS / 2) * factor : 0, y);
     }
 }
 
@@ -231,7 +210,7 @@ __global__ void __launch_bounds__(WARPS * 32, least_blocks(TYPE, N_TILES))
     uint32_t i = 0;
     while (i + 1 < p.part_count && blockIdx.x >= p.parts[i + 1].first_block)
         i++;
-    const part &w = p.parts[i];
+    const matmul_part &w = p.parts[i];
     const uint32_t block = blockIdx.x - w.first_block;
     if (TYPE == OTHER || w.type == TYPE)
         multiply<TYPE>(p, w, block, shared);
@@ -265,26 +244,10 @@ cudaError_t launch_types(parameters &p, const struct cuda_matmul *m, cudaStream_
     return launch_tiles<TYPE, OTHER, 8, 1>(p, m->items ? groups : (tokens + 63) / 64, stream);
 }
 
-part part_of(const struct cuda_matmul *m) {
-    const struct cuda_matrix *w = m->w;
-    part part = {};
-    part.tiles = (const uint8_t *)w->tiles;
-    part.y = m->y;
-    part.expert_bytes = cuda_matrix_expert_bytes(w->type, w->columns, w->rows);
-    part.row_tiles = (w->rows + CUDA_TILE_ROWS - 1) / CUDA_TILE_ROWS;
-    part.rows = m->epilogue == CUDA_SWIGLU ? w->rows / 2 : w->rows;
-    part.y_stride = m->y_stride;
-    part.type = w->type;
-    part.scale = w->scale;
-    part.inverse_scale = 1.0f / w->scale;
-    part.epilogue = m->epilogue;
-    return part;
-}
-
 parameters parameters_of(const struct cuda_matmul *m, uint32_t count) {
     parameters p = {};
     for (uint32_t i = 0; i < count; i++)
-        p.parts[i] = part_of(m + i);
+        p.parts[i] = matmul_part_of(m + i);
     p.x = (const half *)m->x;
     p.x_scale = m->x_scale;
     p.items = m->items;
