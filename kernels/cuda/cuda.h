@@ -87,6 +87,12 @@ cudaError_t cuda_matmul(const struct cuda_matmul *arguments, cudaStream_t stream
 /* Dense products of the same x and tokens, as cuda_matmul of each; in one launch where their formats allow it. */
 enum { CUDA_PARTS = 3 };
 cudaError_t cuda_matmul_parts(const struct cuda_matmul *arguments, uint32_t count, cudaStream_t stream);
+/*
+ * Whether cuda_matmul has a kernel for many items of up to CUDA_STREAM_TOKENS tokens, whose time is that of the tokens they
+ * have. Without it, or with larger items, the time is that of `tokens`.
+ */
+enum { CUDA_STREAM_TOKENS = 24 };
+bool cuda_matmul_streams(void);
 
 /*
  * The same product with the same bits, for many tokens, where the device and the build have Hopper's matrix unit

@@ -278,6 +278,8 @@ cudaError_t launch_type(parameters &p, const struct cuda_matmul *m, cudaStream_t
 } // namespace
 
 cudaError_t cuda_matmul(const struct cuda_matmul *m, cudaStream_t stream) {
+    if (matmul_stream_takes(m))
+        return matmul_stream(m, stream);
     parameters p = parameters_of(m, 1);
     return launch_type(p, m, stream);
 }

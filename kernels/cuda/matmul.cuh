@@ -5,7 +5,12 @@
 
 #include "kernels/cuda/cuda.h"
 
-/* What the kernels of cuda_matmul share. */
+/*
+ * What cuda_matmul chooses between where the device and the build have Hopper's bulk copies, all with the bits of
+ * matmul.cu. A *_takes says whether the product is one for that kernel.
+ */
+bool matmul_stream_takes(const struct cuda_matmul *m);
+cudaError_t matmul_stream(const struct cuda_matmul *m, cudaStream_t stream);
 
 /* One of the matrices of a launch. */
 struct matmul_part {

@@ -19,6 +19,67 @@ static __device__ __forceinline__ uint32_t stream_address(const void *shared) {
 
 #if __CUDA_ARCH__ >= 900
 
+/*
+ * Barriers in shared memory, by their addresses. Who creates some calls stream_barriers_created before others use them;
+ * a phase ends with that many arrivals and all bytes expected.
+ */
+static __device__ __forceinline__ void stream_barrier_create(uint32_t barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+static __device__ __forceinline__ void stream_barriers_created() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+static __device__ __forceinline__ void stream_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+/* Arrives, and expects `bytes` of stream_copy. */
+static __device__ __forceinline__ void stream_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+static __device__ __forceinline__ void stream_copy(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+/* One thread's copies of 16 bytes, and an arrival when all that it began before are there. */
+static __device__ __forceinline__ void stream_copy16(uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+static __device__ __forceinline__ void stream_arrive_copied(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+/* Whether the phase of this parity has ended. */
+static __device__ __forceinline__ bool stream_done(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, done;\n"
+                 "}\n"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done;
+}
+
+static __device__ __forceinline__ void stream_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}\n" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
 /* `slots` and `barriers` lie in shared memory. The whole warp calls this and what follows. */
 static __device__ __forceinline__ stream_ring stream_create(const void *slots, const void *barriers,
                                                             uint32_t slot_bytes, uint32_t count, int lane) {
@@ -42,6 +103,19 @@ static __device__ __forceinline__ void stream_put(stream_ring &ring, const void 
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                      "l"(from), "r"(bytes), "r"(barrier)
                      : "memory");
+    }
+    ring.put = ring.put + 1 == ring.count ? 0 : ring.put + 1;
+    ring.filled++;
+}
+
+/* Two copies of `bytes` into one slot, one behind the other. */
+static __device__ __forceinline__ void stream_put_two(stream_ring &ring, const void *first, const void *second,
+                                                      uint32_t bytes, int lane) {
+    if (lane == 0) {
+        const uint32_t barrier = ring.barriers + 8 * ring.put, to = ring.slots + ring.put * ring.slot_bytes;
+        stream_expect(barrier, 2 * bytes);
+        stream_copy(to, first, bytes, barrier);
+        stream_copy(to + bytes, second, bytes, barrier);
     }
     ring.put = ring.put + 1 == ring.count ? 0 : ring.put + 1;
     ring.filled++;
