@@ -280,11 +280,15 @@ cudaError_t launch_type(parameters &p, const struct cuda_matmul *m, cudaStream_t
 cudaError_t cuda_matmul(const struct cuda_matmul *m, cudaStream_t stream) {
     if (matmul_stream_takes(m))
         return matmul_stream(m, stream);
+    if (matmul_cluster_takes(m, 1))
+        return matmul_cluster(m, 1, stream);
     parameters p = parameters_of(m, 1);
     return launch_type(p, m, stream);
 }
 
 cudaError_t cuda_matmul_parts(const struct cuda_matmul *m, uint32_t count, cudaStream_t stream) {
+    if (matmul_cluster_takes(m, count))
+        return matmul_cluster(m, count, stream);
     const enum quant_type first = m[0].w->type;
     uint32_t alike = 1, q6 = 0;
     for (uint32_t i = 1; i < count; i++) {

@@ -11,6 +11,9 @@
  */
 bool matmul_stream_takes(const struct cuda_matmul *m);
 cudaError_t matmul_stream(const struct cuda_matmul *m, cudaStream_t stream);
+/* count: at most CUDA_PARTS, all of the same x and tokens. */
+bool matmul_cluster_takes(const struct cuda_matmul *m, uint32_t count);
+cudaError_t matmul_cluster(const struct cuda_matmul *m, uint32_t count, cudaStream_t stream);
 
 /* One of the matrices of a launch. */
 struct matmul_part {
