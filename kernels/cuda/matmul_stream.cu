@@ -1,13 +1,14 @@
 /*
  * y = W x by expert on Hopper, with the bits of matmul.cu: see cuda_matmul in cuda.h.
  *
- * A job is two tiles of 16 rows of one item. A block a multiprocessor takes a run of jobs, each of its groups of warps one
+ * A job is two tiles of 16 rows of one item. A block a multiprocessor takes a run of jobs (item_run), each of its groups of warps one
  * after another, and each warp of a group one chain of it. So a warp knows all its chunks beforehand: they come through its
  * ring in the order in which it multiplies them, over the borders of jobs. The tokens of the run's items lie in shared
  * memory, where the first warp copies them, the next item's while there is room.
  */
 #include <algorithm>
 
+#include "kernels/cuda/item_run.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.cuh"
 #include "kernels/cuda/mma.cuh"
@@ -237,9 +238,8 @@ __global__ void __launch_bounds__(THREADS, 1) stream_kernel(const __grid_constan
         wait_for_predecessor();
     if (group >= p.groups)
         return;
-    const uint64_t jobs = (uint64_t)*p.item_count * p.item_jobs;
-    const uint32_t begin = (uint32_t)(jobs * blockIdx.x / gridDim.x),
-                   end = (uint32_t)(jobs * (blockIdx.x + 1) / gridDim.x);
+    uint32_t begin, end;
+    item_run(p.items, *p.item_count, p.item_jobs, lane, begin, end);
     feeder<TYPE> weights = {};
     weights.ring = stream_create(rings + warp * p.slots * slot_bytes, shared.ring[warp], slot_bytes, p.slots, lane);
     weights.job = begin + group;
