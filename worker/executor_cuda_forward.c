@@ -26,9 +26,9 @@ static struct cuda_activation activation(struct cuda_activation of, bool interle
 /* Tokens of an expert that share one pass over its weights: about twice as many as an even spread gives each. */
 static uint32_t item_tokens(const struct model_config *config, uint32_t rows) {
     const uint64_t spread = (uint64_t)rows * config->expert_used_count / config->expert_count;
-    if (spread > 16)
-        return CUDA_TOKENS_MAX;
-    return spread <= 4 ? 8 : spread <= 8 ? 16 : cuda_matmul_streams() ? CUDA_STREAM_TOKENS : 32;
+    if (spread > 4 && spread <= 16 && cuda_matmul_streams())
+        return CUDA_STREAM_TOKENS;
+    return spread <= 4 ? 8 : spread <= 8 ? 16 : spread <= 16 ? 32 : CUDA_TOKENS_MAX;
 }
 
 static struct cuda_matmul projection(const struct cuda_matrix *w, const struct cuda_activation *x, uint32_t rows,
