@@ -92,7 +92,7 @@ static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *
     const bool many = is_many(cuda, shape);
     cudaError_t (*const matmul)(const struct cuda_matmul *, cudaStream_t) = many ? cuda_matmul_many : cuda_matmul;
     const uint32_t hidden = config->expert_feed_forward_length;
-    const uint32_t tokens = many ? CUDA_MANY_TOKENS : item_tokens(config, shape->rows);
+    const uint32_t tokens = many ? shape->rows : item_tokens(config, shape->rows); /* many: an expert's all */
     const size_t route_at = (size_t)l * cuda->base.info.step_tokens * used;
     const struct cuda_route route = {
         .norm = {.x = cuda->x,

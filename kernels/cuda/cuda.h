@@ -96,9 +96,9 @@ bool cuda_matmul_streams(void);
 
 /*
  * The same product with the same bits, for many tokens, where the device and the build have Hopper's matrix unit
- * (cuda_matmul_many_runs): items have up to CUDA_MANY_TOKENS tokens, and x is interleaved (cuda_activation).
+ * (cuda_matmul_many_runs): items have any number of tokens, best all of their expert's, and x is interleaved
+ * (cuda_activation).
  */
-enum { CUDA_MANY_TOKENS = 128 };
 bool cuda_matmul_many_runs(void);
 cudaError_t cuda_matmul_many(const struct cuda_matmul *arguments, cudaStream_t stream);
 

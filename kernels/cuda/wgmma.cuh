@@ -9,41 +9,39 @@
  */
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-#define WGMMA_SUMS_16(s, i)                                                                                            \
+#define WGMMA_SUMS_8(s, i)                                                                                             \
     "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3]), "+f"(s[i + 4]), "+f"(s[i + 5]), "+f"(s[i + 6]),        \
-        "+f"(s[i + 7]), "+f"(s[i + 8]), "+f"(s[i + 9]), "+f"(s[i + 10]), "+f"(s[i + 11]), "+f"(s[i + 12]),             \
-        "+f"(s[i + 13]), "+f"(s[i + 14]), "+f"(s[i + 15])
-#define WGMMA_NAMES_32                                                                                                 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                           \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_NAMES_64                                                                                                 \
-    WGMMA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                \
-                   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "+f"(s[i + 7])
+#define WGMMA_SUMS_16(s, i) WGMMA_SUMS_8(s, i), WGMMA_SUMS_8(s, i + 8)
+#define WGMMA_SUMS_32(s, i) WGMMA_SUMS_16(s, i), WGMMA_SUMS_16(s, i + 16)
+#define WGMMA_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define WGMMA_NAMES_16 WGMMA_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_NAMES_24 WGMMA_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define WGMMA_NAMES_32 WGMMA_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_NAMES_40 WGMMA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define WGMMA_NAMES_48 WGMMA_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_NAMES_56 WGMMA_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define WGMMA_NAMES_64 WGMMA_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 
-/* ADD: false for sums = a b. b: see wgmma_descriptor. */
-template <bool ADD>
-static __device__ __forceinline__ void wgmma_multiply(float (&s)[32], const uint32_t *a, uint64_t b) {
-    asm volatile("{\n"
-                 ".reg .pred add;\n"
-                 "setp.ne.b32 add, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" WGMMA_NAMES_32 "}, {%32, %33, %34, %35}, %36, "
-                 "add, 1, 1, 0;\n"
-                 "}\n"
-                 : WGMMA_SUMS_16(s, 0), WGMMA_SUMS_16(s, 16)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)ADD));
-}
-
-template <bool ADD>
-static __device__ __forceinline__ void wgmma_multiply(float (&s)[64], const uint32_t *a, uint64_t b) {
-    asm volatile("{\n"
-                 ".reg .pred add;\n"
-                 "setp.ne.b32 add, %69, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" WGMMA_NAMES_64 "}, {%64, %65, %66, %67}, %68, "
-                 "add, 1, 1, 0;\n"
-                 "}\n"
-                 : WGMMA_SUMS_16(s, 0), WGMMA_SUMS_16(s, 16), WGMMA_SUMS_16(s, 32), WGMMA_SUMS_16(s, 48)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)ADD));
-}
+/* For each number of tokens; ADD: false for sums = a b. b: see wgmma_descriptor. */
+#define WGMMA_MULTIPLY(TOKENS, NAMES, A0, A1, A2, A3, B, ADDS, ...)                                                    \
+    template <bool ADD>                                                                                                \
+    static __device__ __forceinline__ void wgmma_multiply(float(&s)[TOKENS / 2], const uint32_t *a, uint64_t b) {      \
+        asm volatile("{\n"                                                                                             \
+                     ".reg .pred add;\n"                                                                               \
+                     "setp.ne.b32 add, %" #ADDS ", 0;\n"                                                               \
+                     "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32.f16.f16 {" NAMES "}, {%" #A0 ", %" #A1       \
+                     ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, 0;\n"                                                 \
+                     "}\n"                                                                                             \
+                     : __VA_ARGS__                                                                                     \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)ADD));                             \
+    }
+WGMMA_MULTIPLY(32, WGMMA_NAMES_16, 16, 17, 18, 19, 20, 21, WGMMA_SUMS_16(s, 0))
+WGMMA_MULTIPLY(48, WGMMA_NAMES_24, 24, 25, 26, 27, 28, 29, WGMMA_SUMS_16(s, 0), WGMMA_SUMS_8(s, 16))
+WGMMA_MULTIPLY(64, WGMMA_NAMES_32, 32, 33, 34, 35, 36, 37, WGMMA_SUMS_32(s, 0))
+WGMMA_MULTIPLY(80, WGMMA_NAMES_40, 40, 41, 42, 43, 44, 45, WGMMA_SUMS_32(s, 0), WGMMA_SUMS_8(s, 32))
+WGMMA_MULTIPLY(96, WGMMA_NAMES_48, 48, 49, 50, 51, 52, 53, WGMMA_SUMS_32(s, 0), WGMMA_SUMS_16(s, 32))
+WGMMA_MULTIPLY(128, WGMMA_NAMES_64, 64, 65, 66, 67, 68, 69, WGMMA_SUMS_32(s, 0), WGMMA_SUMS_32(s, 32))
 
 static __device__ __forceinline__ void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
