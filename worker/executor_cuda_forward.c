@@ -9,10 +9,10 @@ static const uint32_t context_buckets[] = {256, 1024, 4096, 16384, UINT32_MAX};
 enum {
     ROW_BUCKETS = sizeof row_buckets / sizeof *row_buckets,
     CONTEXT_BUCKETS = sizeof context_buckets / sizeof *context_buckets,
-    MANY_ROWS_ABOVE = 256,
+    MANY_ROWS_ABOVE = 128,
 };
 
-/* More rows than a captured step has go to the matrix products for many tokens, which read rows interleaved. */
+/* Above so many rows the matrix products for many tokens are faster, which read rows interleaved. */
 static bool is_many(const struct executor_cuda *cuda, const struct cuda_shape *shape) {
     return cuda->many_runs && shape->rows > MANY_ROWS_ABOVE;
 }
