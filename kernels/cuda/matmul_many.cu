@@ -13,14 +13,11 @@
 #include "kernels/cuda/barrier.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/many.cuh"
+#include "kernels/cuda/silu.cuh"
 #include "kernels/cuda/tile.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
 namespace {
-
-__device__ __forceinline__ float silu(float x) {
-    return x / (1.0f + expf(-x));
-}
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -209,42 +206,37 @@ template <int EPILOGUE, int TYPE>
 __device__ __forceinline__ void write_unit(const many_parameters &p, const shared_memory<TYPE> &shared,
                                            const unit_map &map, uint32_t own_row, float own_factor, int warp,
                                            int lane) {
-    constexpr bool SWIGLU = EPILOGUE == CUDA_SWIGLU, ADDS = EPILOGUE == CUDA_ADD || EPILOGUE == CUDA_GATED;
-    constexpr int ROWS = SWIGLU ? UNIT_ROWS / 2 : UNIT_ROWS, TILE_ROWS = SWIGLU ? CUDA_TILE_ROWS / 2 : CUDA_TILE_ROWS;
-    constexpr int BATCH = 2; /* tokens whose y is fetched together */
+    constexpr bool SWIGLU = EPILOGUE == CUDA_SWIGLU, GATED = EPILOGUE == CUDA_GATED, ADD = EPILOGUE == CUDA_ADD;
+    constexpr int TILE_ROWS = SWIGLU ? CUDA_TILE_ROWS / 2 : CUDA_TILE_ROWS, PARTS = UNIT_TILES * TILE_ROWS / 32;
+    constexpr int BATCH = GATED ? 1 : 2; /* tokens gone about together, so that they wait together */
     const uint32_t first_row = map.row_tile * TILE_ROWS + lane;
     for (uint32_t first = warp; first < map.count; first += BATCH * GROUP_WARPS) {
-        float *y[BATCH], before[BATCH][ROWS / 32];
+        float *y[BATCH], value[BATCH * PARTS], gate[BATCH * PARTS]; /* gate: or what y was */
 #pragma unroll
         for (int b = 0; b < BATCH; b++) {
             const uint32_t j = min(first + GROUP_WARPS * b, map.count - 1);
+            const float factor = __shfl_sync(0xffffffffu, own_factor, j / GROUP_WARPS);
             y[b] = p.y + (uint64_t)__shfl_sync(0xffffffffu, own_row, j / GROUP_WARPS) * p.y_stride + first_row;
 #pragma unroll
-            for (int i = 0; i < ROWS / 32; i++)
-                if (ADDS && first_row + 32 * i < p.rows)
-                    before[b][i] = y[b][32 * i];
-        }
-#pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            const uint32_t j = first + GROUP_WARPS * b;
-            if (j >= map.count)
-                break;
-            const float factor = __shfl_sync(0xffffffffu, own_factor, j / GROUP_WARPS);
-#pragma unroll
-            for (int i = 0; i < ROWS / 32; i++) {
+            for (int i = 0; i < PARTS; i++) {
                 const int row = lane + 32 * i;
                 const float *sum = &shared.sums[j][SWIGLU ? row / 8 * CUDA_TILE_ROWS + row % 8 : row];
-                float result = sum[0] * factor;
+                value[PARTS * b + i] = sum[SWIGLU ? CUDA_TILE_ROWS / 2 : 0] * factor;
+                gate[PARTS * b + i] = 0;
                 if (SWIGLU)
-                    result = silu(result) * (sum[CUDA_TILE_ROWS / 2] * factor);
-                else if (EPILOGUE == CUDA_GATED)
-                    result = silu(before[b][i]) * result;
-                else if (EPILOGUE == CUDA_ADD)
-                    result = before[b][i] + result;
-                if (first_row + 32 * i < p.rows)
-                    y[b][32 * i] = result;
+                    gate[PARTS * b + i] = sum[0] * factor;
+                else if ((GATED || ADD) && first_row + 32 * i < p.rows)
+                    gate[PARTS * b + i] = y[b][32 * i];
             }
         }
+        if (SWIGLU || GATED)
+            silu_all(gate);
+#pragma unroll
+        for (int i = 0; i < BATCH * PARTS; i++)
+            if (first + GROUP_WARPS * (i / PARTS) < map.count && first_row + 32 * (i % PARTS) < p.rows)
+                y[i / PARTS][32 * (i % PARTS)] = SWIGLU || GATED ? gate[i] * value[i]
+                                                 : ADD           ? gate[i] + value[i]
+                                                                 : value[i];
     }
 }
 
