@@ -106,6 +106,8 @@ enum { CUDA_HISTORY_TOKENS = 1 << 20 };
 /* A CUDA error as a status: what was being done, and the runtime's own words. Returns -1. */
 int cuda_failed(struct status *status, cudaError_t error, const char *what);
 
+/* Whether attention of such a step cuts contexts into pieces. */
+bool cuda_shape_splits(const struct executor_cuda *cuda, const struct cuda_shape *shape);
 /* Enqueues one forward pass over device.* . */
 cudaError_t cuda_forward(struct executor_cuda *cuda, const struct cuda_shape *shape);
 /* Captures the forward pass of a shape; graph->exec is to be destroyed. */

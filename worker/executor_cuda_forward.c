@@ -10,11 +10,21 @@ enum {
     ROW_BUCKETS = sizeof row_buckets / sizeof *row_buckets,
     CONTEXT_BUCKETS = sizeof context_buckets / sizeof *context_buckets,
     MANY_ROWS_ABOVE = 128,
+    SPLIT_ROWS = 128,     /* more rows of prompts than this keep the device busy without cutting contexts into pieces, */
+    WHOLE_ROWS = 48,      /* and so do so many decode rows, where no context is so long that others wait for it */
+    WHOLE_CONTEXT = 1024,
 };
 
 /* Above so many rows the matrix products for many tokens are faster, which read rows interleaved. */
 static bool is_many(const struct executor_cuda *cuda, const struct cuda_shape *shape) {
     return cuda->many_runs && shape->rows > MANY_ROWS_ABOVE;
+}
+
+bool cuda_shape_splits(const struct executor_cuda *cuda, const struct cuda_shape *shape) {
+    if (cuda_attention_partial_floats(&cuda->heads, shape->rows, shape->context_limit) > cuda->partial_floats)
+        return false;
+    return shape->tiles < shape->rows ? shape->rows <= SPLIT_ROWS
+                                      : shape->rows < WHOLE_ROWS || shape->context_limit > WHOLE_CONTEXT;
 }
 
 /* As the products of the layers read it; the head reads rows as they are. */
@@ -225,11 +235,9 @@ int cuda_graphs_capture(struct executor_cuda *cuda, struct status *status) {
     for (uint32_t r = 0; r < ROW_BUCKETS && (r == 0 || row_buckets[r - 1] < most); r++)
         for (uint32_t c = 0; c < CONTEXT_BUCKETS && (c == 0 || context_buckets[c - 1] < info->context_length); c++) {
             const uint32_t rows = least(row_buckets[r], most), limit = least(context_buckets[c], info->context_length);
-            if (cuda_attention_partial_floats(&cuda->heads, rows, limit) > cuda->partial_floats)
-                continue;
             struct cuda_graph *graph = &cuda->graphs[cuda->graph_count];
-            graph->shape = (struct cuda_shape){
-                .rows = rows, .tiles = rows, .outputs = rows, .context_limit = limit, .split = true};
+            graph->shape = (struct cuda_shape){.rows = rows, .tiles = rows, .outputs = rows, .context_limit = limit};
+            graph->shape.split = cuda_shape_splits(cuda, &graph->shape);
             cudaError_t error = cuda_graph_capture(cuda, graph);
             if (error != cudaSuccess)
                 return cuda_failed(status, error, "capture of a decode step");

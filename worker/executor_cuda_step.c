@@ -3,8 +3,6 @@
 
 #include "worker/executor_cuda.h"
 
-enum { SPLIT_ROWS = 128 }; /* more rows than this keep the device busy without cutting their contexts into pieces */
-
 /* Puts the batch into the pinned input. Returns the step's shape. */
 static struct cuda_shape fill_input(struct executor_cuda *cuda, const struct batch *batch) {
     const struct cuda_input *in = &cuda->host;
@@ -32,9 +30,7 @@ static struct cuda_shape fill_input(struct executor_cuda *cuda, const struct bat
     }
     for (uint32_t i = 0; i < batch->output_count; i++)
         in->select[i] = batch->outputs[i].row;
-    shape.split =
-        cuda_attention_partial_floats(&cuda->heads, shape.rows, shape.context_limit) <= cuda->partial_floats &&
-        shape.rows <= SPLIT_ROWS;
+    shape.split = cuda_shape_splits(cuda, &shape);
     cuda->input_bytes = (size_t)((unsigned char *)(in->tables + table) - (unsigned char *)in->tokens);
     return shape;
 }

@@ -8,52 +8,9 @@
 
 namespace {
 
-constexpr int WARPS = 4, JOIN_THREADS = 256, JOIN_WARPS = JOIN_THREADS / 32, JOIN_PARTS = 8;
+constexpr int JOIN_THREADS = 256, JOIN_WARPS = JOIN_THREADS / 32, JOIN_PARTS = 8;
 constexpr uint32_t ROUNDED_MAX = 8192; /* dimensions of a row that join_kernel rounds */
 constexpr uint32_t SPLIT_RING_BYTES = 192 << 10;
-
-/* All pieces of a tile by one warp: where attention_many does not run. */
-template <int DIM> __global__ void __launch_bounds__(WARPS * 32) tile_kernel(const attention_parameters p) {
-    const int lane = threadIdx.x & 31;
-    const uint32_t kv_head = blockIdx.y, tile = blockIdx.x * WARPS + threadIdx.x / 32;
-    launch_dependents();
-    if (tile >= p.tile_count || p.tile_rows[tile] == 0)
-        return;
-    wait_for_predecessor();
-    attention_rows<DIM> rows;
-    load_rows(p, tile, true, kv_head, lane, rows);
-    const uint32_t *table = p.tables + p.table[p.tiles[tile]];
-    const uint32_t blocks = (uint32_t)rows.last / CUDA_KV_BLOCK + 1;
-    attention_state<DIM> total, piece;
-    total.clear();
-    for (uint32_t first = 0; first < blocks; first += ATTENTION_PIECE_BLOCKS) {
-        piece.clear();
-        for (uint32_t b = first; b < min(first + ATTENTION_PIECE_BLOCKS, blocks); b++) {
-            const half *keys = block_keys<DIM>(p, table[b], kv_head);
-            attend_block<DIM, DIM, 0>(rows, keys, keys + DIM * CUDA_KV_BLOCK, (int)(b * CUDA_KV_BLOCK), lane, piece);
-        }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float keep, add;
-            join_factors(total.max[r], piece.max[r], keep, add);
-            total.sum[r] = join(total.sum[r], keep, row_sum(piece.sum[r]), add);
-#pragma unroll
-            for (int n = 0; n < DIM / 8; n++)
-#pragma unroll
-                for (int e = 2 * r; e < 2 * r + 2; e++)
-                    total.out[n][e] = join(total.out[n][e], keep, piece.out[n][e], add);
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-        if (rows.limit[r] >= 0) {
-            float *y = p.y + (uint64_t)tile_row_head(p, tile, kv_head, lane / 4 + 8 * r) * DIM + 2 * (lane & 3);
-#pragma unroll
-            for (int n = 0; n < DIM / 8; n++)
-                *(float2 *)(y + 8 * n) = make_float2(quotient(total.out[n][2 * r], total.sum[r]),
-                                                     quotient(total.out[n][2 * r + 1], total.sum[r]));
-        }
-}
 
 template <int DIM> struct split_shape {
     static constexpr uint32_t block_bytes = 2 * DIM * CUDA_KV_BLOCK * sizeof(half);
@@ -65,6 +22,78 @@ template <int DIM> struct split_memory {
     unsigned char blocks[split_shape<DIM>::warps][ATTENTION_PIECE_BLOCKS][split_shape<DIM>::block_bytes];
     uint64_t barriers[split_shape<DIM>::warps][ATTENTION_PIECE_BLOCKS];
 };
+
+/*
+ * All pieces of a tile by one warp, blocks through its ring as in split_kernel: where attention_many does not run, or
+ * has but one row a tile. ROWS 1: tiles have no rows 8 to 15.
+ */
+template <int DIM, int ROWS>
+__global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(const attention_parameters p) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    launch_dependents();
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(128) unsigned char memory[];
+    split_memory<DIM> &shared = *reinterpret_cast<split_memory<DIM> *>(memory);
+    stream_ring ring = stream_create(shared.blocks[warp], shared.barriers[warp], split_shape<DIM>::block_bytes,
+                                     ATTENTION_PIECE_BLOCKS, lane);
+#endif
+    wait_for_predecessor();
+    for (uint32_t unit = warp * gridDim.x + blockIdx.x; unit < p.tile_count * p.kv_heads;
+         unit += gridDim.x * split_shape<DIM>::warps) {
+        const uint32_t tile = unit / p.kv_heads, kv_head = unit % p.kv_heads;
+        if (p.tile_rows[tile] == 0)
+            continue;
+        const uint32_t *table = p.tables + p.table[p.tiles[tile]];
+        const uint32_t blocks = p.position[p.tiles[tile] + p.tile_rows[tile] - 1] / CUDA_KV_BLOCK + 1;
+#if __CUDA_ARCH__ >= 900
+        uint32_t sent = 0;
+#endif
+        attention_rows<DIM> rows;
+        attention_state<DIM> total, piece;
+        load_rows(p, tile, true, kv_head, lane, rows);
+        total.clear();
+#pragma unroll 1
+        for (uint32_t first = 0; first < blocks; first += ATTENTION_PIECE_BLOCKS) {
+            piece.clear();
+#pragma unroll 1
+            for (uint32_t b = first; b < min(first + ATTENTION_PIECE_BLOCKS, blocks); b++) {
+#if __CUDA_ARCH__ >= 900
+#pragma unroll 1
+                for (; sent < blocks && !stream_full(ring); sent++)
+                    stream_put(ring, block_keys<DIM>(p, table[sent], kv_head), split_shape<DIM>::block_bytes, lane);
+                const half *keys = (const half *)stream_get(ring);
+#else
+                const half *keys = block_keys<DIM>(p, table[b], kv_head);
+#endif
+                attend_block<DIM, DIM, 0, ROWS>(rows, keys, keys + DIM * CUDA_KV_BLOCK, (int)(b * CUDA_KV_BLOCK), lane,
+                                                piece);
+#if __CUDA_ARCH__ >= 900
+                stream_release(ring);
+#endif
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float keep, add;
+                join_factors(total.max[r], piece.max[r], keep, add);
+                total.sum[r] = join(total.sum[r], keep, row_sum(piece.sum[r]), add);
+#pragma unroll
+                for (int n = 0; n < DIM / 8; n++)
+#pragma unroll
+                    for (int e = 2 * r; e < 2 * r + 2; e++)
+                        total.out[n][e] = join(total.out[n][e], keep, piece.out[n][e], add);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (rows.limit[r] >= 0) {
+                float *y = p.y + (uint64_t)tile_row_head(p, tile, kv_head, lane / 4 + 8 * r) * DIM + 2 * (lane & 3);
+#pragma unroll
+                for (int n = 0; n < DIM / 8; n++)
+                    *(float2 *)(y + 8 * n) = make_float2(quotient(total.out[n][2 * r], total.sum[r]),
+                                                         quotient(total.out[n][2 * r + 1], total.sum[r]));
+            }
+    }
+}
 
 /* One piece of one tile for one KV head, and which of its blocks is to be copied next. */
 struct split_unit {
@@ -262,23 +291,36 @@ cudaError_t launch_split(const attention_parameters &p, uint32_t processors, boo
                                    block_units);
 }
 
+template <int DIM>
+cudaError_t launch_whole(const attention_parameters &p, uint32_t processors, bool hopper, cudaStream_t stream) {
+    constexpr uint32_t warps = split_shape<DIM>::warps;
+    const uint32_t blocks = (p.tile_count * p.kv_heads + warps - 1) / warps;
+    const size_t shared = hopper ? sizeof(split_memory<DIM>) : 0;
+    /* Few units are spread over all processors. */
+    const dim3 grid(hopper ? std::min(p.tile_count * p.kv_heads, processors) : blocks);
+    const auto kernel = p.tile_count == p.rows && p.group <= 8 ? whole_kernel<DIM, 1> : whole_kernel<DIM, 2>;
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    return error ? error : launch(kernel, grid, dim3(warps * 32), shared, stream, p);
+}
+
 template <int DIM> cudaError_t launch_dim(const attention_parameters &p, cudaStream_t stream) {
     const uint32_t columns = p.heads * DIM;
     if (p.out.half && columns > ROUNDED_MAX)
         return cudaErrorInvalidValue;
-    if (!p.partial) {
-        const cudaError_t error = attention_many_runs(DIM)
-                                      ? attention_many(p, DIM, stream)
-                                      : launch(tile_kernel<DIM>, dim3((p.tile_count + WARPS - 1) / WARPS, p.kv_heads),
-                                               dim3(WARPS * 32), 0, stream, p);
-        return error || !p.out.half ? error : cuda_round(p.y, columns, p.rows, &p.out, stream);
-    }
     int device = 0, processors = 0;
     cudaFuncAttributes attributes;
     cudaError_t error = cudaGetDevice(&device);
     error = error ? error : cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     error = error ? error : cudaFuncGetAttributes(&attributes, split_kernel<DIM>);
-    return error ? error : launch_split<DIM>(p, (uint32_t)processors, attributes.ptxVersion >= 90, stream);
+    const bool hopper = attributes.ptxVersion >= 90;
+    if (error != cudaSuccess)
+        return error;
+    if (p.partial)
+        return launch_split<DIM>(p, (uint32_t)processors, hopper, stream);
+    error = attention_many_runs(DIM) && p.tile_count < p.rows ? attention_many(p, DIM, stream)
+                                                              : launch_whole<DIM>(p, (uint32_t)processors, hopper, stream);
+    return error || !p.out.half ? error : cuda_round(p.y, columns, p.rows, &p.out, stream);
 }
 
 uint32_t piece_count(uint32_t context_limit) {
