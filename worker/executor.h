@@ -89,7 +89,8 @@ struct batch_result {
 
 struct executor_ops {
     const char *name; /* "cpu", "cuda" */
-    uint32_t step_tokens; /* rows of a step that keep the device busy and are soon done; for callers without a wish */
+    /* For callers without a wish: sequences, and rows of a step, that keep the device busy and are soon done. */
+    uint32_t max_sequences, step_tokens;
     bool (*answers)(void); /* whether there is a device for it; NULL: always */
     /* The model outlives the executor. On success *out is to be closed. */
     int (*open)(const struct model *model, const struct executor_options *options, struct executor **out,

@@ -296,4 +296,4 @@ static int cpu_step(struct executor *executor, const struct batch *batch, struct
 
 /* Of Qwen3-30B-A3B on two cores this is about a second. */
 const struct executor_ops executor_cpu = {
-    .name = "cpu", .step_tokens = 128, .open = cpu_open, .close = cpu_close, .step = cpu_step};
+    .name = "cpu", .max_sequences = 16, .step_tokens = 128, .open = cpu_open, .close = cpu_close, .step = cpu_step};

@@ -19,6 +19,8 @@ static int serve(const struct worker_options *options, struct status *status) {
         return -1;
     setup.gateways = worker_options_gateways(options, &setup.gateway_count);
     worker_options_executor(options, &setup.executor);
+    if (setup.executor.max_sequences == 0)
+        setup.executor.max_sequences = setup.backend->max_sequences;
     if (setup.executor.step_tokens == 0)
         setup.executor.step_tokens = setup.backend->step_tokens;
     if (model_open(options->model, &model, status) != 0)

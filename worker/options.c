@@ -15,7 +15,6 @@ static const char *const default_gateway[] = {"ipc:///run/moed/worker.sock"};
 int worker_options_parse(int argc, char **argv, struct worker_options *out, struct status *status) {
     *out = (struct worker_options){
         .backend = "auto",
-        .max_sequences = 16,
         .memory_fraction = 0.95,
         .isa = "auto",
         .repack = "auto",
@@ -40,9 +39,9 @@ int worker_options_parse(int argc, char **argv, struct worker_options *out, stru
         {.name = "threads", .type = OPTION_UINT, .value = &out->threads, .argument = "N", .max = 1024,
          .help = "Threads of the CPU backend, and of what a GPU leaves to the CPU; 0: one per processor this "
                  "process may use."},
-        {.name = "max-sequences", .type = OPTION_UINT, .value = &out->max_sequences, .argument = "N", .min = 1,
+        {.name = "max-sequences", .type = OPTION_UINT, .value = &out->max_sequences, .argument = "N",
          .max = 4096,
-         .help = "Sequences that run at once; others wait."},
+         .help = "Sequences that run at once; others wait; 0: 16 on CPUs, 256 on GPUs."},
         {.name = "step-tokens", .type = OPTION_UINT, .value = &out->step_tokens, .argument = "N",
          .max = 65536,
          .help = "Rows of one step: a token of each sequence that generates, the rest for prompts. More make prompts "
