@@ -311,10 +311,15 @@ int bench_model(const struct bench_options *options, struct thread_pool *pool, c
     if (open_runner(&runner, options, status) < 0)
         goto out;
     if (options->json)
-        printf(",\"device\":\"%s\",\"device_read\":%.4g,\"cases\":[", runner.executor->info.device, now.read);
+        printf(",\"device\":\"%s\",\"device_read\":%.4g,\"upload\":%.4g,\"cases\":[", runner.executor->info.device, now.read,
+               now.upload);
+    else if (on_cpu)
+        printf("\n%s on %s, memory %.0f GB/s\n", options->model, runner.executor->info.device, now.read / 1e9);
     else
-        printf("\n%s on %s, memory %.0f GB/s\nbatch prompt | prefill, %s | decode, bytes to read, read rate\n",
-               options->model, runner.executor->info.device, now.read / 1e9,
+        printf("\n%s on %s, memory %.0f GB/s, copies from the host %.1f GB/s\n", options->model,
+               runner.executor->info.device, now.read / 1e9, now.upload / 1e9);
+    if (!options->json)
+        printf("batch prompt | prefill, %s | decode, bytes to read, read rate\n",
                on_cpu ? "of the int8 rate" : "TFLOP/s of it");
     for (uint32_t i = 0; i < options->case_count; i++) {
         struct figures figures = {.read = now.read};
