@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(NORM_THREADS) few_kernel(const struct cuda_rou
             if (busy && lane + 32 * k < fours)
                 ahead[e][k] = router[e][lane + 32 * k];
     }
+    const float4 *norm = (const float4 *)r.norm.norm, norm_ahead = norm[min(threadIdx.x, fours - 1)];
     wait_for_predecessor();
 
     float sum[ROWS] = {};
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(NORM_THREADS) few_kernel(const struct cuda_rou
     for (int j = 0; j < ROWS; j++) {
         const float factor = norm_factor(join_warps(sums[j], plus), r.norm.columns, r.norm.epsilon);
         for (uint32_t i = threadIdx.x; i < fours; i += NORM_THREADS)
-            x[j * fours + i] = normed(x[j * fours + i], factor, ((const float4 *)r.norm.norm)[i]);
+            x[j * fours + i] = normed(x[j * fours + i], factor, i == threadIdx.x ? norm_ahead : norm[i]);
     }
     __syncthreads();
 
