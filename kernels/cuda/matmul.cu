@@ -14,7 +14,6 @@
 namespace {
 
 constexpr int WARPS = CUDA_CHAINS, CHUNK_GROUPS = CUDA_CHUNK / 32;
-constexpr uint32_t MANY_ITEMS = 48;
 
 struct parameters {
     matmul_part parts[CUDA_PARTS];
@@ -229,16 +228,39 @@ cudaError_t launch_tiles(parameters &p, uint32_t groups, cudaStream_t stream) {
                   dim3(WARPS * 32), 0, stream, p);
 }
 
+/*
+ * Tiles of a block: as few as make no more blocks than run at a time. Blocks of a second round would wait once more for
+ * what the first had to wait for.
+ */
+uint32_t tiles_each(const parameters &p, uint32_t groups) {
+    constexpr uint32_t AT_A_TIME = 4; /* blocks of a multiprocessor */
+    int device = 0, processors = 0;
+    uint32_t tiles = 0, each = 1;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+        return 4;
+    for (uint32_t i = 0; i < p.part_count; i++)
+        tiles += p.parts[i].row_tiles;
+    while (each < 4 && tiles / each * groups > AT_A_TIME * (uint32_t)processors)
+        each *= 2;
+    return each;
+}
+
+template <int TYPE, int OTHER, int N_TILES>
+cudaError_t launch_few(parameters &p, uint32_t groups, cudaStream_t stream) {
+    const uint32_t each = tiles_each(p, groups);
+    return each == 1   ? launch_tiles<TYPE, OTHER, N_TILES, 1>(p, groups, stream)
+           : each == 2 ? launch_tiles<TYPE, OTHER, N_TILES, 2>(p, groups, stream)
+                       : launch_tiles<TYPE, OTHER, N_TILES, 4>(p, groups, stream);
+}
+
 template <int TYPE, int OTHER>
 cudaError_t launch_types(parameters &p, const struct cuda_matmul *m, cudaStream_t stream) {
     const uint32_t tokens = m->tokens, groups = m->items ? m->item_limit : 1;
-    const bool many = groups >= MANY_ITEMS; /* enough to do without a block for each tile */
     if (tokens <= 8)
-        return many ? launch_tiles<TYPE, OTHER, 1, 4>(p, groups, stream)
-                    : launch_tiles<TYPE, OTHER, 1, 1>(p, groups, stream);
+        return launch_few<TYPE, OTHER, 1>(p, groups, stream);
     if (tokens <= 16)
-        return many ? launch_tiles<TYPE, OTHER, 2, 4>(p, groups, stream)
-                    : launch_tiles<TYPE, OTHER, 2, 1>(p, groups, stream);
+        return launch_few<TYPE, OTHER, 2>(p, groups, stream);
     if (tokens <= 32)
         return launch_tiles<TYPE, OTHER, 4, 1>(p, groups, stream);
     return launch_tiles<TYPE, OTHER, 8, 1>(p, m->items ? groups : (tokens + 63) / 64, stream);
