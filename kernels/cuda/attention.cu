@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
 #else
                 const half *keys = block_keys<DIM>(p, table[b], kv_head);
 #endif
-                attend_block<DIM, DIM, 0, ROWS>(rows, keys, keys + DIM * CUDA_KV_BLOCK, (int)(b * CUDA_KV_BLOCK), lane,
-                                                piece);
+                attend_block<0, ROWS>(rows, keys, (int)(b * CUDA_KV_BLOCK), lane, piece);
 #if __CUDA_ARCH__ >= 900
                 stream_release(ring);
 #endif
@@ -184,8 +183,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
 #else
             const half *keys = block_keys<DIM>(p, now.table[b], now.kv_head);
 #endif
-            attend_block<DIM, DIM, DIM <= 128 ? DIM / 8 : 0>(rows, keys, keys + DIM * CUDA_KV_BLOCK,
-                                                              (int)(b * CUDA_KV_BLOCK), lane, s);
+            attend_block<DIM <= 128 ? DIM / 8 : 0, 2>(rows, keys, (int)(b * CUDA_KV_BLOCK), lane, s);
 #if __CUDA_ARCH__ >= 900
             stream_release(ring);
 #endif

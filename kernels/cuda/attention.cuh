@@ -33,15 +33,15 @@ struct attention_parameters {
 bool attention_many_runs(uint32_t head_dim);
 cudaError_t attention_many(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
 
-/* Rows g and g + 8 of a warp's 16: max and sum of the weights so far, and the values (all or some) weighted by them. */
-template <int VALUES> struct attention_state {
-    float max[2], sum[2], out[VALUES / 8][4];
+/* Rows g and g + 8 of a warp's 16: max and sum of the weights so far, and the values weighted by them. */
+template <int DIM> struct attention_state {
+    float max[2], sum[2], out[DIM / 8][4];
 
     __device__ __forceinline__ void clear() {
         max[0] = max[1] = -INFINITY;
         sum[0] = sum[1] = 0;
 #pragma unroll
-        for (int i = 0; i < VALUES / 8; i++)
+        for (int i = 0; i < DIM / 8; i++)
             out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0;
     }
 };
@@ -181,13 +181,12 @@ static __device__ __forceinline__ const half *block_keys(const attention_paramet
 }
 
 /*
- * One block of positions from `start` on into the state of a piece, for the VALUES dimensions from `values` on. AHEAD: of
- * these, eights fetched in advance; keys are too where any are. ROWS 1: there are no rows g + 8.
+ * One block of positions from `start` on, whose values follow its keys, into the state of a piece. AHEAD: eights of the
+ * values fetched in advance; keys are too where any are. ROWS 1: there are no rows g + 8.
  */
-template <int DIM, int VALUES, int AHEAD, int ROWS = 2>
-static __device__ __forceinline__ void attend_block(const attention_rows<DIM> &rows, const half *keys,
-                                                    const half *values, int start, int lane,
-                                                    attention_state<VALUES> &s) {
+template <int AHEAD, int ROWS, int DIM>
+static __device__ __forceinline__ void attend_block(const attention_rows<DIM> &rows, const half *keys, int start,
+                                                    int lane, attention_state<DIM> &s) {
     const int g = lane / 4, t = lane & 3;
     const half *key = keys + (8 * (g / 2) + g % 2) * DIM + 8 * t;
     float scores[16] = {};
@@ -208,7 +207,7 @@ static __device__ __forceinline__ void attend_block(const attention_rows<DIM> &r
                 mma(scores + 4 * j, rows.q[first + i] + 4, k[i][j].z, k[i][j].w);
             }
     }
-    const half *value = values + g * CUDA_KV_BLOCK + 8 * t;
+    const half *value = keys + (DIM + g) * CUDA_KV_BLOCK + 8 * t;
     uint4 ahead[AHEAD ? AHEAD : 1];
 #pragma unroll
     for (int n = 0; n < AHEAD; n++)
@@ -221,7 +220,7 @@ static __device__ __forceinline__ void attend_block(const attention_rows<DIM> &r
     for (int i = 0; i < 4; i++)
         masks[i] = values_mask(start + 8 * t + 2 * i, rows.last);
 #pragma unroll
-    for (int n = 0; n < VALUES / 8; n++) {
+    for (int n = 0; n < DIM / 8; n++) {
         const uint4 v = n < AHEAD ? ahead[AHEAD ? n : 0] : *(const uint4 *)(value + 8 * n * CUDA_KV_BLOCK);
         s.out[n][0] *= keep[0];
         s.out[n][1] *= keep[0];
@@ -239,7 +238,7 @@ static __device__ __forceinline__ void attend_block(const attention_rows<DIM> &r
  * lane + 32 i from `partial` on. Lane l makes the factors of a round's piece l: the maxima before and after it are the
  * greatest of the pieces until then.
  */
-template <int DIM, int OWN = DIM / 32>
+template <int DIM, int OWN>
 static __device__ __forceinline__ void attention_join(const float *partial, const float2 *stats, uint32_t pieces,
                                                       int lane, float *out) {
     constexpr int AT_ONCE = 32 / OWN;

@@ -116,17 +116,65 @@ __global__ void __launch_bounds__(NORM_THREADS) few_kernel(const struct cuda_rou
     }
 }
 
-/* One warp chooses the experts of a row; lane i < used gets that of rank i. */
+/* Orders floats as integers; NaN below everything, so that it is chosen last. 0: taken, or not there. */
+__device__ __forceinline__ uint32_t order_key(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    return value != value ? 1 : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float key_value(uint32_t key) {
+    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+/*
+ * One warp chooses the experts of a row, of at most 32 * PER_LANE: `used` times the greatest of what is left. Softmax over
+ * the chosen equals renormalizing the whole one. Lane i < used gets the expert of rank i.
+ */
 template <int PER_LANE>
 __device__ __forceinline__ uint32_t select_row(const struct cuda_route &r, uint32_t row, uint32_t lane) {
-    uint32_t expert = 0;
-    float weight;
-    route_select<PER_LANE>(r.logits + (uint64_t)row * r.experts, r.experts, r.used, lane, expert, weight);
-    if (lane < r.used) {
-        r.chosen[row * r.used + lane] = expert;
-        r.weights[row * r.used + lane] = weight;
+    const float *logits = r.logits + (uint64_t)row * r.experts;
+    uint32_t keys[PER_LANE];
+    bool nan = false;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        const uint32_t e = lane + 32 * i;
+        keys[i] = 0;
+        if (e < r.experts) {
+            const float logit = logits[e];
+            nan = nan || !(fabsf(logit) <= 3.4e38f);
+            keys[i] = order_key(logit);
+        }
     }
-    return expert;
+    nan = __any_sync(0xffffffffu, nan);
+    uint32_t own_top = 0, chosen = 0;
+    for (uint32_t rank = 0; rank < r.used; rank++) {
+        uint32_t best = 0, at = 0;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++)
+            if (keys[i] > best) {
+                best = keys[i];
+                at = lane + 32 * i;
+            }
+        const uint32_t top = __reduce_max_sync(0xffffffffu, best);
+        const uint32_t expert = __reduce_min_sync(0xffffffffu, best == top ? at : UINT32_MAX);
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++)
+            if (lane + 32 * i == expert)
+                keys[i] = 0;
+        if (lane == rank) {
+            own_top = top;
+            chosen = expert;
+        }
+    }
+    const float logit = key_value(own_top), mine = expf(logit - __shfl_sync(0xffffffffu, logit, 0));
+    float total = 0;
+    for (uint32_t rank = 0; rank < r.used; rank++)
+        total += __shfl_sync(0xffffffffu, mine, rank);
+    if (lane < r.used) {
+        r.chosen[row * r.used + lane] = chosen;
+        r.weights[row * r.used + lane] = nan ? NAN : mine / total;
+    }
+    return chosen;
 }
 
 /* Rows of each block of the choice and of the sort. */
