@@ -5,22 +5,19 @@
 #include <cuda_fp16.h>
 
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/matmul.cuh"
 #include "kernels/cuda/unit.cuh"
 
 /* What the warpgroups of matmul_many.cu share. */
 namespace {
 
 struct many_parameters {
-    const uint8_t *tiles;
+    matmul_part w;
     const half *x;
     const float *x_scale;
-    float *y;
     unit_list units;
     const uint32_t *order;
-    uint64_t expert_bytes;
-    uint32_t chunks, row_tiles, rows, y_stride, x_stride, x_divisor;
-    float scale, inverse_scale;
-    enum cuda_epilogue epilogue;
+    uint32_t chunks, x_stride, x_divisor;
 };
 
 constexpr int UNIT_TOKENS = 128, UNIT_TILES = 8, UNIT_ROWS = UNIT_TILES * CUDA_TILE_ROWS;

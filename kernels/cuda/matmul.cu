@@ -184,10 +184,7 @@ __device__ __forceinline__ void multiply(const parameters &p, const matmul_part 
         if (out_row >= w.rows)
             continue;
         const float(*in)[CUDA_TILE_ROWS][TOKENS + 1] = shared.sums[r / out_rows];
-        const auto sum = [&](uint32_t q) { /* a chain without chunks is 0 */
-            return ((in[0][q][j] + (chains > 1 ? in[1][q][j] : 0.0f)) + (chains > 2 ? in[2][q][j] : 0.0f)) +
-                   (chains > 3 ? in[3][q][j] : 0.0f);
-        };
+        const auto sum = [&](uint32_t q) { return matmul_join(chains, [&](int chain) { return in[chain][q][j]; }); };
         const uint32_t q = r % out_rows;
         const float factor = shared.x_scale[j];
         float *y = w.y + (uint64_t)shared.y_row[j] * w.y_stride + out_row;
@@ -276,7 +273,7 @@ parameters parameters_of(const struct cuda_matmul *m, uint32_t count) {
     p.item_count = m->item_count;
     p.order = m->order;
     p.part_count = count;
-    p.chunks = (m->w->columns + CUDA_CHUNK - 1) / CUDA_CHUNK;
+    p.chunks = matmul_chunks(m);
     p.x_stride = p.chunks * CUDA_CHUNK;
     p.x_divisor = m->x_divisor ? m->x_divisor : 1;
     p.tokens = m->tokens;

@@ -4,10 +4,12 @@
 #include <stdint.h>
 
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/silu.cuh"
 
 /*
- * What cuda_matmul chooses between where the device and the build have Hopper's bulk copies, all with the bits of
- * matmul.cu. A *_takes says whether the product is one for that kernel.
+ * What the kernels of cuda_matmul and cuda_matmul_many share, and what cuda_matmul chooses between where the device and
+ * the build have Hopper's bulk copies, all with the bits of matmul.cu. A *_takes says whether the product is one for that
+ * kernel.
  */
 bool matmul_stream_takes(const struct cuda_matmul *m);
 cudaError_t matmul_stream(const struct cuda_matmul *m, cudaStream_t stream);
@@ -26,13 +28,22 @@ struct matmul_part {
     enum cuda_epilogue epilogue;
 };
 
+/* Tiles of 16 rows, and chunks of 256 columns, which also make up a row of x. */
+static inline uint32_t matmul_row_tiles(const struct cuda_matmul *m) {
+    return (m->w->rows + CUDA_TILE_ROWS - 1) / CUDA_TILE_ROWS;
+}
+
+static inline uint32_t matmul_chunks(const struct cuda_matmul *m) {
+    return (m->w->columns + CUDA_CHUNK - 1) / CUDA_CHUNK;
+}
+
 static inline matmul_part matmul_part_of(const struct cuda_matmul *m) {
     const struct cuda_matrix *w = m->w;
     matmul_part part = {};
     part.tiles = (const uint8_t *)w->tiles;
     part.y = m->y;
     part.expert_bytes = cuda_matrix_expert_bytes(w->type, w->columns, w->rows);
-    part.row_tiles = (w->rows + CUDA_TILE_ROWS - 1) / CUDA_TILE_ROWS;
+    part.row_tiles = matmul_row_tiles(m);
     part.rows = m->epilogue == CUDA_SWIGLU ? w->rows / 2 : w->rows;
     part.y_stride = m->y_stride;
     part.type = w->type;
@@ -42,14 +53,16 @@ static inline matmul_part matmul_part_of(const struct cuda_matmul *m) {
     return part;
 }
 
-static __device__ __forceinline__ float matmul_silu(float x) {
-    return x / (1.0f + expf(-x));
+/* A row's sum from those of its chains, of which only the first `chains` have chunks. */
+template <class SUM> static __device__ __forceinline__ float matmul_join(uint32_t chains, SUM sum_of) {
+    return ((sum_of(0) + (chains > 1 ? sum_of(1) : 0.0f)) + (chains > 2 ? sum_of(2) : 0.0f)) +
+           (chains > 3 ? sum_of(3) : 0.0f);
 }
 
 /* Puts a row's sum, and with CUDA_SWIGLU its pair's, into the result. */
 static __device__ __forceinline__ void matmul_finish(enum cuda_epilogue epilogue, float sum, float pair, float *y) {
-    *y = epilogue == CUDA_SWIGLU  ? matmul_silu(sum) * pair
-         : epilogue == CUDA_GATED ? matmul_silu(*y) * sum
+    *y = epilogue == CUDA_SWIGLU  ? silu(sum) * pair
+         : epilogue == CUDA_GATED ? silu(*y) * sum
          : epilogue == CUDA_ADD   ? *y + sum
                                   : sum;
 }

@@ -178,7 +178,7 @@ __device__ __forceinline__ void finish(const cluster_parameters &p, const matmul
         const uint32_t in =
             stream_address(sums + j * sums_stride(p.tiles) + r / tile_rows * CUDA_TILE_ROWS + r % tile_rows);
         const auto sum = [&](uint32_t s) {
-            return ((load_remote(s, 0) + load_remote(s, 1)) + load_remote(s, 2)) + load_remote(s, 3);
+            return matmul_join(CUDA_CHAINS, [&](int chain) { return load_remote(s, chain); });
         };
         const uint32_t token = at.first_token + j;
         const float factor = p.x_scale[token] * w.inverse_scale;
@@ -248,10 +248,6 @@ struct cut {
     size_t shared;
 };
 
-uint32_t row_tiles_of(const struct cuda_matmul *m) {
-    return (m->w->rows + CUDA_TILE_ROWS - 1) / CUDA_TILE_ROWS;
-}
-
 uint32_t processors(void) {
     int device = 0, count = 0;
     return cudaGetDevice(&device) == cudaSuccess &&
@@ -263,7 +259,7 @@ uint32_t processors(void) {
 /* The fewest tiles a cluster with which all run at once; where that cannot be, the most that fit. tiles 0: none fit. */
 cut choose_cut(const struct cuda_matmul *m, uint32_t count) {
     const uint32_t at_once = processors() / CUDA_CHAINS * 9 / 10; /* they lie in groups that are not multiples of four */
-    const uint32_t chunks = (m->w->columns + CUDA_CHUNK - 1) / CUDA_CHUNK;
+    const uint32_t chunks = matmul_chunks(m);
     const uint32_t pass_tokens = m->tokens <= 16 ? 16 : m->tokens <= 32 ? 32 : TOKENS;
     uint32_t chunk_bytes = 0;
     for (uint32_t i = 0; i < count; i++)
@@ -275,7 +271,7 @@ cut choose_cut(const struct cuda_matmul *m, uint32_t count) {
             break;
         uint32_t clusters = 0;
         for (uint32_t i = 0; i < count; i++)
-            clusters += (row_tiles_of(m + i) + tiles - 1) / tiles;
+            clusters += (matmul_row_tiles(m + i) + tiles - 1) / tiles;
         best = {tiles, pass_tokens, in.bytes};
         if (clusters <= at_once)
             break;
@@ -334,7 +330,7 @@ bool matmul_cluster_takes(const struct cuda_matmul *m, uint32_t count) {
     for (uint32_t i = 0; i < count; i++) {
         if (!is_k_quant(first) || (m[i].w->type != first && m[i].w->type != QUANT_Q6_K))
             return false;
-        row_tiles += row_tiles_of(m + i);
+        row_tiles += matmul_row_tiles(m + i);
     }
     return (m->tokens > TOKENS_FEW || row_tiles < processors()) && cuda_matmul_streams() &&
            choose_cut(m, count).tiles > 0;
@@ -350,7 +346,7 @@ cudaError_t matmul_cluster(const struct cuda_matmul *m, uint32_t count, cudaStre
     p.x = (const half *)m->x;
     p.x_scale = m->x_scale;
     p.part_count = count;
-    p.chunks = (m->w->columns + CUDA_CHUNK - 1) / CUDA_CHUNK;
+    p.chunks = matmul_chunks(m);
     p.x_stride = p.chunks * CUDA_CHUNK;
     p.tokens = m->tokens;
     const cut c = choose_cut(m, count);

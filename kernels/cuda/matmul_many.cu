@@ -39,7 +39,7 @@ template <int TYPE> __device__ void copy_units(const many_parameters &p, shared_
     for (;; map.step()) {
         const unit at = next;
         unit_map &known = shared.maps[map.at];
-        const uint8_t *tiles = p.tiles + at.expert * p.expert_bytes;
+        const uint8_t *tiles = p.w.tiles + at.expert * p.w.expert_bytes;
         known.row[thread] = next_row;
         if (thread == 0) {
             known.tiles = tiles;
@@ -66,7 +66,7 @@ template <int TYPE> __device__ void copy_units(const many_parameters &p, shared_
                         barrier_wait(&shared.weights_empty[chunk.at], chunk.parity ^ 1);
                         barrier_expect(&shared.weights_full[chunk.at], UNIT_TILES * memory::CHUNK_BYTES);
                         for (uint32_t i = 0; i < UNIT_TILES; i++) { /* tiles behind the last repeat it */
-                            const uint64_t tile = min(at.row_tile + i, p.row_tiles - 1);
+                            const uint64_t tile = min(at.row_tile + i, p.w.row_tiles - 1);
                             barrier_copy(shared.weights[chunk.at][i],
                                          tiles + (tile * p.chunks + column / CUDA_CHUNK) * memory::CHUNK_BYTES,
                                          memory::CHUNK_BYTES, &shared.weights_full[chunk.at]);
@@ -144,9 +144,10 @@ __device__ __forceinline__ void multiply_unit(const many_parameters &p, shared_m
             if (shared_memory<TYPE>::STAGED)
                 reader.load(now, warp_tile, lane);
             else
-                now.load(map.tiles + ((uint64_t)min(map.row_tile + warp_tile, p.row_tiles - 1) * p.chunks + chunk) *
-                                         chunk_bytes, lane);
-            const auto factors = now.factors(p.scale, lane);
+                now.load(map.tiles + (min(map.row_tile + warp_tile, p.w.row_tiles - 1) * (uint64_t)p.chunks + chunk) *
+                                         chunk_bytes,
+                         lane);
+            const auto factors = now.factors(p.w.scale, lane);
             uint32_t a[2][8]; /* a group is expanded while the one before is multiplied */
             uint64_t b = 0;
 #pragma unroll
@@ -216,7 +217,7 @@ __device__ __forceinline__ void write_unit(const many_parameters &p, const share
         for (int b = 0; b < BATCH; b++) {
             const uint32_t j = min(first + GROUP_WARPS * b, map.count - 1);
             const float factor = __shfl_sync(0xffffffffu, own_factor, j / GROUP_WARPS);
-            y[b] = p.y + (uint64_t)__shfl_sync(0xffffffffu, own_row, j / GROUP_WARPS) * p.y_stride + first_row;
+            y[b] = p.w.y + (uint64_t)__shfl_sync(0xffffffffu, own_row, j / GROUP_WARPS) * p.w.y_stride + first_row;
 #pragma unroll
             for (int i = 0; i < PARTS; i++) {
                 const int row = lane + 32 * i;
@@ -225,7 +226,7 @@ __device__ __forceinline__ void write_unit(const many_parameters &p, const share
                 gate[PARTS * b + i] = 0;
                 if (SWIGLU)
                     gate[PARTS * b + i] = sum[0] * factor;
-                else if ((GATED || ADD) && first_row + 32 * i < p.rows)
+                else if ((GATED || ADD) && first_row + 32 * i < p.w.rows)
                     gate[PARTS * b + i] = y[b][32 * i];
             }
         }
@@ -233,7 +234,7 @@ __device__ __forceinline__ void write_unit(const many_parameters &p, const share
             silu_all(gate);
 #pragma unroll
         for (int i = 0; i < BATCH * PARTS; i++)
-            if (first + GROUP_WARPS * (i / PARTS) < map.count && first_row + 32 * (i % PARTS) < p.rows)
+            if (first + GROUP_WARPS * (i / PARTS) < map.count && first_row + 32 * (i % PARTS) < p.w.rows)
                 y[i / PARTS][32 * (i % PARTS)] = SWIGLU || GATED ? gate[i] * value[i]
                                                  : ADD           ? gate[i] + value[i]
                                                                  : value[i];
@@ -249,9 +250,9 @@ __device__ void write_units(const many_parameters &p, shared_memory<TYPE> &share
         if (known.count == 0)
             return;
         const uint32_t row = known.row[warp + GROUP_WARPS * lane];
-        const float factor = p.x_scale[row / p.x_divisor] * p.inverse_scale;
+        const float factor = p.x_scale[row / p.x_divisor] * p.w.inverse_scale;
         barrier_wait(&shared.sums_full, parity);
-        switch (p.epilogue) {
+        switch (p.w.epilogue) {
         case CUDA_STORE: write_unit<CUDA_STORE>(p, shared, known, row, factor, warp, lane); break;
         case CUDA_ADD: write_unit<CUDA_ADD>(p, shared, known, row, factor, warp, lane); break;
         case CUDA_SWIGLU: write_unit<CUDA_SWIGLU>(p, shared, known, row, factor, warp, lane); break;
@@ -327,29 +328,20 @@ bool cuda_matmul_many_runs(void) {
 }
 
 cudaError_t cuda_matmul_many(const struct cuda_matmul *m, cudaStream_t stream) {
-    const struct cuda_matrix *w = m->w;
     many_parameters p = {};
-    p.tiles = (const uint8_t *)w->tiles;
+    p.w = matmul_part_of(m);
     p.x = (const half *)m->x;
     p.x_scale = m->x_scale;
-    p.y = m->y;
     p.units.items = m->items;
     p.units.item_count = m->item_count;
     p.units.tokens = m->tokens;
+    p.units.row_blocks = (p.w.row_tiles + UNIT_TILES - 1) / UNIT_TILES;
     p.units.block_tiles = UNIT_TILES;
     p.order = m->items ? m->order : NULL;
-    p.expert_bytes = cuda_matrix_expert_bytes(w->type, w->columns, w->rows);
-    p.chunks = (w->columns + CUDA_CHUNK - 1) / CUDA_CHUNK;
-    p.row_tiles = (w->rows + CUDA_TILE_ROWS - 1) / CUDA_TILE_ROWS;
-    p.units.row_blocks = (p.row_tiles + UNIT_TILES - 1) / UNIT_TILES;
-    p.rows = m->epilogue == CUDA_SWIGLU ? w->rows / 2 : w->rows;
-    p.y_stride = m->y_stride;
+    p.chunks = matmul_chunks(m);
     p.x_stride = p.chunks * CUDA_CHUNK;
     p.x_divisor = m->x_divisor ? m->x_divisor : 1;
-    p.scale = w->scale;
-    p.inverse_scale = 1.0f / w->scale;
-    p.epilogue = m->epilogue;
-    switch (w->type) {
+    switch (m->w->type) {
     case QUANT_F32: return launch_many<QUANT_F32>(p, stream);
     case QUANT_F16: return launch_many<QUANT_F16>(p, stream);
     case QUANT_BF16: return launch_many<QUANT_BF16>(p, stream);

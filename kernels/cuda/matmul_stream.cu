@@ -153,10 +153,8 @@ __device__ __forceinline__ void finish(const stream_parameters &p, const token_m
         const uint32_t j = i / rows, r = i % rows, row = first_tile * tile_rows + r;
         if (row >= p.w.rows)
             continue;
-        const auto sum = [&](uint32_t q) { /* a chain without chunks is 0 */
-            return ((in.sums[0][q][j] + (p.chains > 1 ? in.sums[1][q][j] : 0.0f)) +
-                    (p.chains > 2 ? in.sums[2][q][j] : 0.0f)) +
-                   (p.chains > 3 ? in.sums[3][q][j] : 0.0f);
+        const auto sum = [&](uint32_t q) {
+            return matmul_join(p.chains, [&](int chain) { return in.sums[chain][q][j]; });
         };
         const uint32_t q = r / tile_rows * CUDA_TILE_ROWS + r % tile_rows;
         const float factor = map.factor[j];
@@ -331,7 +329,7 @@ uint32_t jobs_most(const struct cuda_matmul *m) {
 }
 
 uint32_t x_stride_of(const struct cuda_matmul *m) {
-    return (m->w->columns + CUDA_CHUNK - 1) / CUDA_CHUNK * CUDA_CHUNK;
+    return matmul_chunks(m) * CUDA_CHUNK;
 }
 
 } // namespace
