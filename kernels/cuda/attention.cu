@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
 #if __CUDA_ARCH__ >= 900
 #pragma unroll 1
                 for (; sent < blocks && !stream_full(ring); sent++)
-                    stream_put(ring, block_keys<DIM>(p, table[sent], kv_head), split_shape<DIM>::block_bytes, lane);
+                    stream_put(ring, {block_keys<DIM>(p, table[sent], kv_head)}, split_shape<DIM>::block_bytes, lane);
                 const half *keys = (const half *)stream_get(ring);
 #else
                 const half *keys = block_keys<DIM>(p, table[b], kv_head);
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
     const auto fill = [&] {
 #pragma unroll 1
         for (; next.block < next.end && !stream_full(ring); next.block++)
-            stream_put(ring, block_keys<DIM>(p, next.table[next.block], next.kv_head), bytes, lane);
+            stream_put(ring, {block_keys<DIM>(p, next.table[next.block], next.kv_head)}, bytes, lane);
     };
     if (lane < (int)(next.end - next.block))
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
@@ -209,7 +209,7 @@ __device__ __forceinline__ float cluster_greatest(float value, float *shared) {
         uint32_t to;
         asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
                      : "=r"(to)
-                     : "r"(stream_address(shared + blockIdx.x)), "r"(threadIdx.x));
+                     : "r"(shared_address(shared + blockIdx.x)), "r"(threadIdx.x));
         asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
     }
     cluster_arrive();
@@ -272,14 +272,14 @@ __global__ void __launch_bounds__(JOIN_THREADS) join_kernel(const attention_para
 
 /* hopper: the kernels were compiled for it. */
 template <int DIM>
-cudaError_t launch_split(const attention_parameters &p, uint32_t processors, bool hopper, cudaStream_t stream) {
+cudaError_t launch_split(const attention_parameters &p, bool hopper, cudaStream_t stream) {
     constexpr uint32_t warps = split_shape<DIM>::warps;
     const uint32_t blocks = (p.tile_count * p.kv_heads * p.pieces + warps - 1) / warps;
     const size_t shared = hopper ? sizeof(split_memory<DIM>) : 0;
     cudaError_t error =
         cudaFuncSetAttribute(split_kernel<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     error = error ? error
-                  : launch(split_kernel<DIM>, dim3(hopper ? std::min(blocks, processors) : blocks), dim3(warps * 32),
+                  : launch(split_kernel<DIM>, dim3(hopper ? std::min(blocks, launch_processors()) : blocks), dim3(warps * 32),
                            shared, stream, p);
     const uint32_t parts = !hopper ? 1 : p.rows < 48 ? JOIN_PARTS : JOIN_PARTS / 2; /* some 200 blocks are enough */
     const uint32_t block_units = (p.heads * join_shape<DIM>::units + parts - 1) / parts;
@@ -290,15 +290,14 @@ cudaError_t launch_split(const attention_parameters &p, uint32_t processors, boo
 }
 
 template <int DIM>
-cudaError_t launch_whole(const attention_parameters &p, uint32_t processors, bool hopper, cudaStream_t stream) {
+cudaError_t launch_whole(const attention_parameters &p, bool hopper, cudaStream_t stream) {
     constexpr uint32_t warps = split_shape<DIM>::warps;
     const uint32_t blocks = (p.tile_count * p.kv_heads + warps - 1) / warps;
     const size_t shared = hopper ? sizeof(split_memory<DIM>) : 0;
     /* Few units are spread over all processors. */
-    const dim3 grid(hopper ? std::min(p.tile_count * p.kv_heads, processors) : blocks);
+    const dim3 grid(hopper ? std::min(p.tile_count * p.kv_heads, launch_processors()) : blocks);
     const auto kernel = p.tile_count == p.rows && p.group <= 8 ? whole_kernel<DIM, 1> : whole_kernel<DIM, 2>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     return error ? error : launch(kernel, grid, dim3(warps * 32), shared, stream, p);
 }
 
@@ -306,18 +305,15 @@ template <int DIM> cudaError_t launch_dim(const attention_parameters &p, cudaStr
     const uint32_t columns = p.heads * DIM;
     if (p.out.half && columns > ROUNDED_MAX)
         return cudaErrorInvalidValue;
-    int device = 0, processors = 0;
     cudaFuncAttributes attributes;
-    cudaError_t error = cudaGetDevice(&device);
-    error = error ? error : cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    error = error ? error : cudaFuncGetAttributes(&attributes, split_kernel<DIM>);
-    const bool hopper = attributes.ptxVersion >= 90;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, split_kernel<DIM>);
     if (error != cudaSuccess)
         return error;
+    const bool hopper = attributes.ptxVersion >= 90;
     if (p.partial)
-        return launch_split<DIM>(p, (uint32_t)processors, hopper, stream);
+        return launch_split<DIM>(p, hopper, stream);
     error = attention_many_runs(DIM) && p.tile_count < p.rows ? attention_many(p, DIM, stream)
-                                                              : launch_whole<DIM>(p, (uint32_t)processors, hopper, stream);
+                                                              : launch_whole<DIM>(p, hopper, stream);
     return error || !p.out.half ? error : cuda_round(p.y, columns, p.rows, &p.out, stream);
 }
 

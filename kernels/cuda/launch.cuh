@@ -20,6 +20,22 @@ static __device__ __forceinline__ void wait_for_predecessor() {
 #endif
 }
 
+/* Multiprocessors of the device; 0 where it does not say, and a grid of as many blocks fails. */
+static inline uint32_t launch_processors(void) {
+    int device = 0, count = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+                   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess
+               ? (uint32_t)count
+               : 0;
+}
+
+/* Whether the device runs the kernel as compiled for Hopper alone (90a), with what no other GPU has. */
+template <class KERNEL> static bool launch_is_hopper(KERNEL *kernel) {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.binaryVersion == 90 &&
+           attributes.ptxVersion == 90;
+}
+
 /* Launches a kernel that may begin while its predecessor ends, with blocks along x in clusters of `cluster`, or in none: 1. */
 template <class... PARAMETERS, class... ARGUMENTS>
 static cudaError_t launch_clusters(uint32_t cluster, void (*kernel)(PARAMETERS...), dim3 grid, dim3 block, size_t shared,

@@ -58,16 +58,6 @@ template <int TYPE> struct shared_memory {
         sums_empty;
 };
 
-/* A place in a ring of COUNT, and the parity of the phase in which it becomes full; of that before for who fills it. */
-template <int COUNT> struct place {
-    uint32_t at = 0, parity = 0;
-
-    __device__ __forceinline__ void step() {
-        at = at + 1 == COUNT ? 0 : at + 1;
-        parity ^= at == 0;
-    }
-};
-
 } // namespace
 
 #endif

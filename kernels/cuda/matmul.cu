@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int WARPS = CUDA_CHAINS, CHUNK_GROUPS = CUDA_CHUNK / 32;
+constexpr uint32_t BLOCKS_AT_A_TIME = 4; /* of a multiprocessor, at least, that have few tokens */
 
 struct parameters {
     matmul_part parts[CUDA_PARTS];
@@ -230,15 +231,11 @@ cudaError_t launch_tiles(parameters &p, uint32_t groups, cudaStream_t stream) {
  * what the first had to wait for.
  */
 uint32_t tiles_each(const parameters &p, uint32_t groups) {
-    constexpr uint32_t AT_A_TIME = 4; /* blocks of a multiprocessor */
-    int device = 0, processors = 0;
+    const uint32_t at_a_time = BLOCKS_AT_A_TIME * launch_processors();
     uint32_t tiles = 0, each = 1;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-        return 4;
     for (uint32_t i = 0; i < p.part_count; i++)
         tiles += p.parts[i].row_tiles;
-    while (each < 4 && tiles / each * groups > AT_A_TIME * (uint32_t)processors)
+    while (each < 4 && tiles / each * groups > at_a_time)
         each *= 2;
     return each;
 }

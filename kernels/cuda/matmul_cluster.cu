@@ -8,10 +8,10 @@
  */
 #include <algorithm>
 
+#include "kernels/cuda/barrier.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.cuh"
 #include "kernels/cuda/mma.cuh"
-#include "kernels/cuda/stream.cuh"
 #include "kernels/cuda/tile.cuh"
 
 namespace {
@@ -86,11 +86,11 @@ __device__ __forceinline__ void copy_weights(const cluster_parameters &p, const 
                                              uint32_t weights, uint32_t barrier) {
     constexpr uint32_t chunk_bytes = launch_chunk_bytes(TYPE);
     if (threadIdx.x == 0)
-        stream_expect(barrier, p.tiles * at.own * chunk_bytes);
+        barrier_expect(barrier, p.tiles * at.own * chunk_bytes);
     for (uint32_t i = threadIdx.x; i < p.tiles * at.own; i += blockDim.x) {
         const uint32_t tile = min(at.first_tile + i / at.own, w.row_tiles - 1);
         const uint64_t chunk = (uint64_t)tile * p.chunks + at.chain + CUDA_CHAINS * (i % at.own);
-        stream_copy(weights + i * chunk_bytes, w.tiles + chunk * chunk_bytes, chunk_bytes, barrier);
+        barrier_copy(weights + i * chunk_bytes, w.tiles + chunk * chunk_bytes, chunk_bytes, barrier);
     }
 }
 
@@ -101,9 +101,9 @@ __device__ __forceinline__ void copy_tokens(const cluster_parameters &p, const s
     for (uint32_t k = 0; k < at.own; k++) {
         const half *from = p.x + (uint64_t)at.first_token * p.x_stride + CUDA_CHUNK * (at.chain + CUDA_CHAINS * k);
         for (uint32_t j = warp; j < at.count; j += blockDim.x / 32)
-            stream_copy16(tokens + (k * pass_tokens + j) * ROW_BYTES + 16 * lane,
-                          from + (uint64_t)j * p.x_stride + 8 * lane);
-        stream_arrive_copied(barriers + 8 * k);
+            copy_sixteen(tokens + (k * pass_tokens + j) * ROW_BYTES + 16 * lane,
+                         from + (uint64_t)j * p.x_stride + 8 * lane);
+        barrier_arrive_copied(barriers + 8 * k);
     }
 }
 
@@ -114,10 +114,10 @@ __device__ __forceinline__ void multiply(const cluster_parameters &p, const matm
     constexpr uint32_t chunk_bytes = launch_chunk_bytes(TYPE);
     const int lane = threadIdx.x & 31;
     const uint32_t pass_tokens = p.token_groups * 8 * N_TILES;
-    const uint32_t barriers = stream_address(memory + in.barriers);
+    const uint32_t barriers = shared_address(memory + in.barriers);
     float sums[TILES][N_TILES][4] = {};
     if (at.own > 0)
-        stream_wait(barriers, 0);
+        barrier_wait(barriers, 0);
     for (uint32_t k = 0; k < at.own; k++) {
         const half *x[N_TILES];
 #pragma unroll
@@ -134,7 +134,7 @@ __device__ __forceinline__ void multiply(const cluster_parameters &p, const matm
 #pragma unroll
         for (int i = 0; i < TILES; i++)
             factors[i] = now[i].factors(w.scale, lane);
-        stream_wait(barriers + 8 * (1 + k), 0);
+        barrier_wait(barriers + 8 * (1 + k), 0);
 #pragma unroll
         for (int group = 0; group < CUDA_CHUNK / 32; group++) {
             uint4 b[N_TILES];
@@ -176,7 +176,7 @@ __device__ __forceinline__ void finish(const cluster_parameters &p, const matmul
         if (row >= w.rows)
             continue;
         const uint32_t in =
-            stream_address(sums + j * sums_stride(p.tiles) + r / tile_rows * CUDA_TILE_ROWS + r % tile_rows);
+            shared_address(sums + j * sums_stride(p.tiles) + r / tile_rows * CUDA_TILE_ROWS + r % tile_rows);
         const auto sum = [&](uint32_t s) {
             return matmul_join(CUDA_CHAINS, [&](int chain) { return load_remote(s, chain); });
         };
@@ -194,7 +194,7 @@ __device__ __forceinline__ void run(const cluster_parameters &p, unsigned char *
                                                                                            : launch_chunk_bytes(OTHER);
     const uint32_t pass_tokens = p.token_groups * 8 * N_TILES, cluster = blockIdx.x / CUDA_CHAINS;
     const layout in(p.chunks, p.tiles, pass_tokens, chunk_bytes);
-    const uint32_t base = stream_address(memory), barriers = base + in.barriers;
+    const uint32_t base = shared_address(memory), barriers = base + in.barriers;
     uint32_t i = 0;
     while (i + 1 < p.part_count && cluster >= p.parts[i + 1].first_block)
         i++;
@@ -209,8 +209,8 @@ __device__ __forceinline__ void run(const cluster_parameters &p, unsigned char *
 
     if (threadIdx.x == 0) {
         for (uint32_t k = 0; k < 1 + at.own; k++)
-            stream_barrier_create(barriers + 8 * k, k == 0 ? 1 : blockDim.x);
-        stream_barriers_created();
+            barrier_create(barriers + 8 * k, k == 0 ? 1 : blockDim.x);
+        barriers_created();
     }
     __syncthreads();
     if (other)
@@ -248,17 +248,9 @@ struct cut {
     size_t shared;
 };
 
-uint32_t processors(void) {
-    int device = 0, count = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-                   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess
-               ? (uint32_t)count
-               : 0;
-}
-
 /* The fewest tiles a cluster with which all run at once; where that cannot be, the most that fit. tiles 0: none fit. */
 cut choose_cut(const struct cuda_matmul *m, uint32_t count) {
-    const uint32_t at_once = processors() / CUDA_CHAINS * 9 / 10; /* they lie in groups that are not multiples of four */
+    const uint32_t at_once = launch_processors() / CUDA_CHAINS * 9 / 10; /* they lie in groups of other than fours */
     const uint32_t chunks = matmul_chunks(m);
     const uint32_t pass_tokens = m->tokens <= 16 ? 16 : m->tokens <= 32 ? 32 : TOKENS;
     uint32_t chunk_bytes = 0;
@@ -292,19 +284,9 @@ cudaError_t launch_cluster(cluster_parameters &p, const cut &c, cudaStream_t str
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)c.shared);
     if (error != cudaSuccess)
         return error;
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {CUDA_CHAINS, 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(clusters * CUDA_CHAINS, (p.tokens + c.pass_tokens - 1) / c.pass_tokens);
-    config.blockDim = dim3(32 * (c.tiles / TILES) * p.token_groups);
-    config.dynamicSmemBytes = c.shared;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = 2;
-    return cudaLaunchKernelEx(&config, kernel, cluster_parameters(p));
+    return launch_clusters(CUDA_CHAINS, kernel,
+                           dim3(clusters * CUDA_CHAINS, (p.tokens + c.pass_tokens - 1) / c.pass_tokens),
+                           dim3(32 * (c.tiles / TILES) * p.token_groups), c.shared, stream, p);
 }
 
 template <int TYPE, int OTHER>
@@ -332,7 +314,7 @@ bool matmul_cluster_takes(const struct cuda_matmul *m, uint32_t count) {
             return false;
         row_tiles += matmul_row_tiles(m + i);
     }
-    return (m->tokens > TOKENS_FEW || row_tiles < processors()) && cuda_matmul_streams() &&
+    return (m->tokens > TOKENS_FEW || row_tiles < launch_processors()) && cuda_matmul_streams() &&
            choose_cut(m, count).tiles > 0;
 }
 

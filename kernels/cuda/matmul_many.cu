@@ -25,9 +25,9 @@ namespace {
 template <int TYPE> __device__ void copy_units(const many_parameters &p, shared_memory<TYPE> &shared, int thread) {
     using memory = shared_memory<TYPE>;
     const uint32_t sixteen = thread % 8, first_row = thread / 8, first_offset = wgmma_offset(first_row, sixteen);
-    place<memory::STAGES> stage;
-    place<memory::CHUNKS> chunk;
-    place<MAPS> map;
+    ring_place<memory::STAGES> stage;
+    ring_place<memory::CHUNKS> chunk;
+    ring_place<MAPS> map;
     unit_finder finder(p.units, thread % 32);
     const auto row_of = [&](const unit &at) { /* of y, of the thread's token */
         const uint32_t j = at.first + min((uint32_t)thread, max(at.count, 1u) - 1);
@@ -77,16 +77,13 @@ template <int TYPE> __device__ void copy_units(const many_parameters &p, shared_
                 }
                 for (uint32_t quarter = 0; quarter < CHUNK_STAGES; quarter++) {
                     barrier_wait(&shared.empty[stage.at], stage.parity ^ 1);
-                    const uint32_t to = barrier_address(shared.stages[stage.at]) + first_offset;
+                    const uint32_t to = shared_address(shared.stages[stage.at]) + first_offset;
                     const uint4 *from = (const uint4 *)(p.x + column + STAGE_COLUMNS * quarter);
 #pragma unroll
                     for (int i = 0; i < UNIT_TOKENS / COPIED_TOKENS; i++) {
                         if (i >= copies)
                             break;
-                        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
-                                         to + wgmma_offset(COPIED_TOKENS * i, 0)),
-                                     "l"(from + rows[i])
-                                     : "memory");
+                        copy_sixteen(to + wgmma_offset(COPIED_TOKENS * i, 0), from + rows[i]);
                     }
                     barrier_arrive_copied(&shared.full[stage.at]);
                     stage.step();
@@ -98,14 +95,14 @@ template <int TYPE> __device__ void copy_units(const many_parameters &p, shared_
 /* The rings as a multiplying warp sees them. */
 template <int TYPE> struct reader {
     shared_memory<TYPE> &shared;
-    place<shared_memory<TYPE>::STAGES> next, oldest; /* oldest: of those held */
-    place<shared_memory<TYPE>::CHUNKS> chunk;
+    ring_place<shared_memory<TYPE>::STAGES> next, oldest; /* oldest: of those held */
+    ring_place<shared_memory<TYPE>::CHUNKS> chunk;
 
     /* The next stage's descriptor, when its copy is complete. */
     __device__ __forceinline__ uint64_t take() {
         barrier_wait(&shared.full[next.at], next.parity);
         barrier_see_copies();
-        const uint64_t descriptor = wgmma_descriptor(barrier_address(shared.stages[next.at]));
+        const uint64_t descriptor = wgmma_descriptor(shared_address(shared.stages[next.at]));
         next.step();
         return descriptor;
     }
@@ -185,7 +182,7 @@ __device__ __forceinline__ void multiply_unit(const many_parameters &p, shared_m
 template <int TYPE>
 __device__ void multiply_units(const many_parameters &p, shared_memory<TYPE> &shared, uint32_t warp_tile, int lane) {
     reader<TYPE> reader = {shared};
-    place<MAPS> map;
+    ring_place<MAPS> map;
     for (uint32_t parity = 0;; parity ^= 1, map.step()) {
         barrier_wait(&shared.map_full[map.at], map.parity);
         const unit_map &known = shared.maps[map.at];
@@ -243,7 +240,7 @@ __device__ __forceinline__ void write_unit(const many_parameters &p, const share
 
 template <int TYPE>
 __device__ void write_units(const many_parameters &p, shared_memory<TYPE> &shared, int warp, int lane) {
-    place<MAPS> map;
+    ring_place<MAPS> map;
     for (uint32_t parity = 0;; parity ^= 1, map.step()) {
         barrier_wait(&shared.map_full[map.at], map.parity);
         const unit_map &known = shared.maps[map.at];
@@ -284,7 +281,7 @@ template <int TYPE> __global__ void __launch_bounds__(THREADS, 1) many_kernel(co
             barrier_create(&shared.map_full[i], 1);
         barrier_create(&shared.sums_full, CONSUMERS * GROUP_WARPS);
         barrier_create(&shared.sums_empty, GROUP_WARPS);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_created();
     }
     __syncthreads();
     launch_dependents();
@@ -305,16 +302,14 @@ template <int TYPE> __global__ void __launch_bounds__(THREADS, 1) many_kernel(co
 template <int TYPE> cudaError_t launch_many(many_parameters &p, cudaStream_t stream) {
     constexpr size_t shared = sizeof(shared_memory<TYPE>);
     static_assert(shared <= SHARED_MOST, "");
-    int device = 0, processors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    error = error ? error : cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    error = error ? error
-                  : cudaFuncSetAttribute(many_kernel<TYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    const uint32_t processors = launch_processors();
+    const cudaError_t error =
+        cudaFuncSetAttribute(many_kernel<TYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     /* Smaller pieces where whole ones would leave half of the multiprocessors without. */
     unit_list &units = p.units;
     units.piece_tokens = UNIT_TOKENS;
     while (!units.items && units.piece_tokens > UNIT_TOKEN_STEP &&
-           (units.tokens + units.piece_tokens - 1) / units.piece_tokens * units.row_blocks * 2 <= (uint32_t)processors)
+           (units.tokens + units.piece_tokens - 1) / units.piece_tokens * units.row_blocks * 2 <= processors)
         units.piece_tokens /= 2;
     return error ? error : launch(many_kernel<TYPE>, dim3(processors), dim3(THREADS), shared, stream, p);
 }
@@ -322,9 +317,7 @@ template <int TYPE> cudaError_t launch_many(many_parameters &p, cudaStream_t str
 } // namespace
 
 bool cuda_matmul_many_runs(void) {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, many_kernel<QUANT_Q4_K>) == cudaSuccess &&
-           attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
+    return launch_is_hopper(many_kernel<QUANT_Q4_K>);
 }
 
 cudaError_t cuda_matmul_many(const struct cuda_matmul *m, cudaStream_t stream) {

@@ -1,10 +1,10 @@
 /*
  * y = W x by expert on Hopper, with the bits of matmul.cu: see cuda_matmul in cuda.h.
  *
- * A job is two tiles of 16 rows of one item. A block a multiprocessor takes a run of jobs (item_run), each of its groups of warps one
- * after another, and each warp of a group one chain of it. So a warp knows all its chunks beforehand: they come through its
- * ring in the order in which it multiplies them, over the borders of jobs. The tokens of the run's items lie in shared
- * memory, where the first warp copies them, the next item's while there is room.
+ * A job is two tiles of 16 rows of one item. A block a multiprocessor takes a run of jobs (item_run), each of its groups
+ * of warps one after another, and each warp of a group one chain of it. So a warp knows all its chunks beforehand: they
+ * come through its ring in the order in which it multiplies them, over the borders of jobs. The tokens of the run's items
+ * lie in shared memory, where the first warp copies them, the next item's while there is room.
  */
 #include <algorithm>
 
@@ -76,7 +76,7 @@ template <int TYPE> struct feeder {
                 second = first + 1 < p.w.row_tiles ? tile_bytes : 0;
             }
             const uint8_t *from = tile + chunk * chunk_bytes;
-            stream_put_two(ring, from, from + second, chunk_bytes, lane);
+            stream_put(ring, {from, from + second}, chunk_bytes, lane);
             chunk += CUDA_CHAINS;
             if (chunk < p.chunks)
                 continue;
@@ -173,7 +173,7 @@ struct token_copier {
         for (; next < count; next++) {
             const cuda_item item = p.items[first_item + next];
             for (; used + item.count > TOKENS || next - oldest == MAPS; oldest++) {
-                if (!stream_done(stream_address(&shared.empty[oldest % MAPS]), oldest / MAPS & 1))
+                if (!barrier_done(&shared.empty[oldest % MAPS], oldest / MAPS & 1))
                     return;
                 used -= shared.maps[oldest % MAPS].count;
             }
@@ -186,7 +186,7 @@ struct token_copier {
     __device__ __forceinline__ void copy(const stream_parameters &p, shared_memory &shared, uint32_t tokens,
                                          const cuda_item &item, int lane) {
         token_map &map = shared.maps[next % MAPS];
-        const uint32_t full = stream_address(&shared.full[next % MAPS]);
+        const uint32_t full = shared_address(&shared.full[next % MAPS]);
         const bool own = (uint32_t)lane < item.count;
         uint32_t y = item.first + lane, x = 0;
         if (own) {
@@ -201,12 +201,12 @@ struct token_copier {
         }
         __syncwarp();
         if (lane == 0)
-            stream_expect(full, item.count * 2 * p.x_stride);
+            barrier_expect(full, item.count * 2 * p.x_stride);
         __syncwarp();
         const uint32_t row = base + lane;
         if (own)
-            stream_copy(tokens + (row < TOKENS ? row : row - TOKENS) * token_bytes(p.x_stride),
-                        p.x + (uint64_t)x * p.x_stride, 2 * p.x_stride, full);
+            barrier_copy(tokens + (row < TOKENS ? row : row - TOKENS) * token_bytes(p.x_stride),
+                         p.x + (uint64_t)x * p.x_stride, 2 * p.x_stride, full);
     }
 };
 
@@ -226,10 +226,10 @@ __global__ void __launch_bounds__(THREADS, 1) stream_kernel(const __grid_constan
     launch_dependents();
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < MAPS; i++) {
-            stream_barrier_create(stream_address(&shared.full[i]), 1);
-            stream_barrier_create(stream_address(&shared.empty[i]), p.groups * p.chains);
+            barrier_create(&shared.full[i], 1);
+            barrier_create(&shared.empty[i], p.groups * p.chains);
         }
-        stream_barriers_created();
+        barriers_created();
     }
     __syncthreads();
     if (!p.items_early || group >= p.groups)
@@ -254,18 +254,18 @@ __global__ void __launch_bounds__(THREADS, 1) stream_kernel(const __grid_constan
     copier.count = (end - 1) / p.item_jobs - copier.first_item + 1;
     const auto copy_ahead = [&] {
         if (warp == 0)
-            copier.advance(p, shared, stream_address(tokens), lane);
+            copier.advance(p, shared, shared_address(tokens), lane);
     };
     uint32_t k = 0; /* of the run's items */
     const auto wait_for_item = [&] {
-        while (!stream_done(stream_address(&shared.full[k % MAPS]), k / MAPS & 1))
+        while (!barrier_done(&shared.full[k % MAPS], k / MAPS & 1))
             copy_ahead();
     };
     /* The warp is done with item k. */
     const auto next_item = [&] {
         __syncwarp();
         if (lane == 0)
-            stream_arrive(stream_address(&shared.empty[k % MAPS]));
+            barrier_arrive(&shared.empty[k % MAPS]);
         k++;
         wait_for_item();
     };
@@ -310,14 +310,11 @@ uint32_t ring_slots(enum quant_type type, uint32_t x_stride) {
 
 template <int TYPE> cudaError_t launch_stream(const stream_parameters &p, uint32_t jobs, cudaStream_t stream) {
     const size_t shared = shared_bytes(p.x_stride) + WARPS * p.slots * JOB_TILES * launch_chunk_bytes(TYPE);
-    int device = 0, processors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    error = error ? error : cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    error = error ? error
-                  : cudaFuncSetAttribute(stream_kernel<TYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    const cudaError_t error =
+        cudaFuncSetAttribute(stream_kernel<TYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     return error ? error
-                 : launch(stream_kernel<TYPE>, dim3(std::min(jobs, (uint32_t)processors)), dim3(THREADS), shared,
-                          stream, p);
+                 : launch(stream_kernel<TYPE>, dim3(std::min(jobs, launch_processors())), dim3(THREADS), shared, stream,
+                          p);
 }
 
 uint32_t item_jobs(const struct cuda_matmul *m) {
@@ -335,9 +332,7 @@ uint32_t x_stride_of(const struct cuda_matmul *m) {
 } // namespace
 
 bool cuda_matmul_streams(void) {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, stream_kernel<QUANT_Q4_K>) == cudaSuccess &&
-           attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
+    return launch_is_hopper(stream_kernel<QUANT_Q4_K>);
 }
 
 bool matmul_stream_takes(const struct cuda_matmul *m) {
