@@ -7,6 +7,7 @@
  * so all between the products is attention.cuh's. Blocks with the longest contexts come first.
  */
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/barrier.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
@@ -31,31 +32,6 @@ template <int DIM> struct shared_memory {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-constexpr int STAGES_BEHIND = 2; /* copies begun and not waited for */
-
-__device__ __forceinline__ uint32_t shared_address(const void *pointer) {
-    return (uint32_t)__cvta_generic_to_shared(pointer);
-}
-
-__device__ __forceinline__ void barrier_create(uint64_t *barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
-    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity) {
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n"
-                 "}\n" ::"r"(shared_address(barrier)),
-                 "r"(parity)
-                 : "memory");
-}
 
 /* The block's tiles, tile i in lane i: its sequence's block table and its last position. */
 struct unit_tiles {
@@ -124,50 +100,30 @@ __device__ __forceinline__ void copy_block(const piece_stage<DIM> &stage, const 
         copy_pair<WHOLE>(to + m * 8 * 128, from + m * 8 * CUDA_KV_BLOCK, bytes);
 }
 
-/* A place in the ring. */
-struct ring_place {
-    uint32_t stage, parity;
-
-    __device__ __forceinline__ void advance() {
-        stage = (stage + 1) % STAGES;
-        parity ^= stage == 0;
-    }
-};
-
 /* The warpgroup that fills the ring. */
 template <int DIM>
 __device__ void copy_pieces(const attention_parameters &p, shared_memory<DIM> &shared, const unit_tiles &tiles,
-                            uint32_t kv_head, uint32_t first_tile, int warp, int lane) {
-    ring_place place = {0, 1};
-    uint32_t issued = 0;
+                            uint32_t kv_head, int warp, int lane) {
+    ring_place<STAGES> place;
     for (uint32_t begin = tiles.run_begin(0); begin < UNIT_TILES;) {
         const uint32_t end = tiles.run_end(begin);
         const int last = tiles.last_of(begin, end);
         const uint32_t *table = p.tables + __shfl_sync(0xffffffffu, tiles.table, begin);
-        for (uint32_t i = 0; i < pieces_until(last); i++, place.advance()) {
-            barrier_wait(&shared.empty[place.stage], place.parity);
+        for (uint32_t i = 0; i < pieces_until(last); i++, place.step()) {
+            barrier_wait(&shared.empty[place.at], place.parity ^ 1);
 #pragma unroll
             for (int b = 0; b < (int)ATTENTION_PIECE_BLOCKS; b++) {
                 const int start = (int)(i * CUDA_KV_PIECE) + b * CUDA_KV_BLOCK, left = last + 1 - start;
                 const half *from = block_keys<DIM>(p, table[min(start, last) / CUDA_KV_BLOCK], kv_head);
                 if (left >= CUDA_KV_BLOCK)
-                    copy_block<DIM, true>(shared.stages[place.stage], from, b, left, warp, lane);
+                    copy_block<DIM, true>(shared.stages[place.at], from, b, left, warp, lane);
                 else
-                    copy_block<DIM, false>(shared.stages[place.stage], from, b, left, warp, lane);
+                    copy_block<DIM, false>(shared.stages[place.at], from, b, left, warp, lane);
             }
-            asm volatile("cp.async.commit_group;" ::: "memory");
-            if (issued++ >= STAGES_BEHIND) {
-                asm volatile("cp.async.wait_group %0;" ::"n"(STAGES_BEHIND) : "memory");
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                barrier_arrive(&shared.full[(place.stage + STAGES - STAGES_BEHIND) % STAGES]);
-            }
+            barrier_arrive_copied(&shared.full[place.at]);
         }
         begin = tiles.run_begin(end);
     }
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    for (uint32_t behind = min(issued, (uint32_t)STAGES_BEHIND); behind > 0; behind--)
-        barrier_arrive(&shared.full[(place.stage + STAGES - behind) % STAGES]);
 }
 
 /* Begins the product of a warpgroup's rows with the keys of a stage. */
@@ -258,9 +214,9 @@ template <int DIM> struct many_state {
 
 /* One run's pieces for a warpgroup whose rows end at `last`; all of the run's are waited for and released. */
 template <int DIM>
-__device__ __forceinline__ void attend_run(const attention_parameters &p, shared_memory<DIM> &shared, ring_place &place,
-                                           uint32_t tile, bool there, uint32_t kv_head, int last, uint32_t run_pieces,
-                                           int lane) {
+__device__ __forceinline__ void attend_run(const attention_parameters &p, shared_memory<DIM> &shared,
+                                           ring_place<STAGES> &place, uint32_t tile, bool there, uint32_t kv_head,
+                                           int last, uint32_t run_pieces, int lane) {
     many_state<DIM> state;
     const uint32_t pieces = pieces_until(last);
     if (pieces > 0) {
@@ -268,31 +224,34 @@ __device__ __forceinline__ void attend_run(const attention_parameters &p, shared
         load_rows(p, tile, there, kv_head, lane, rows);
         const int whole = __reduce_min_sync(0xffffffffu, min(rows.limit[0], rows.limit[1]));
         state.clear();
-        barrier_wait(&shared.full[place.stage], place.parity);
-        begin_scores(rows, shared.stages[place.stage], state.scores);
+        const auto next_scores = [&] {
+            barrier_wait(&shared.full[place.at], place.parity);
+            barrier_see_copies();
+            begin_scores(rows, shared.stages[place.at], state.scores);
+        };
+        next_scores();
         for (uint32_t i = 0; i + 1 < pieces; i++) {
-            const uint32_t stage = place.stage;
+            const uint32_t stage = place.at;
             state.weigh(rows, shared.stages[stage], (int)(i * CUDA_KV_PIECE), whole, lane);
-            place.advance();
-            barrier_wait(&shared.full[place.stage], place.parity);
-            begin_scores(rows, shared.stages[place.stage], state.scores); /* while this piece is joined */
+            place.step();
+            next_scores(); /* while this piece is joined */
             wgmma_wait<1>(state.piece);
             if (lane == 0)
                 barrier_arrive(&shared.empty[stage]);
             state.join();
         }
-        state.weigh(rows, shared.stages[place.stage], (int)((pieces - 1) * CUDA_KV_PIECE), whole, lane);
+        state.weigh(rows, shared.stages[place.at], (int)((pieces - 1) * CUDA_KV_PIECE), whole, lane);
         wgmma_wait<0>(state.piece);
         if (lane == 0)
-            barrier_arrive(&shared.empty[place.stage]);
-        place.advance();
+            barrier_arrive(&shared.empty[place.at]);
+        place.step();
         state.join();
         state.store(p, rows, tile, kv_head, lane);
     }
-    for (uint32_t i = pieces; i < run_pieces; i++, place.advance()) {
-        barrier_wait(&shared.full[place.stage], place.parity);
+    for (uint32_t i = pieces; i < run_pieces; i++, place.step()) {
+        barrier_wait(&shared.full[place.at], place.parity);
         if (lane == 0)
-            barrier_arrive(&shared.empty[place.stage]);
+            barrier_arrive(&shared.empty[place.at]);
     }
 }
 
@@ -310,7 +269,7 @@ template <int DIM> __global__ void __launch_bounds__(THREADS, 1) many_kernel(con
             barrier_create(&shared.full[i], GROUP_THREADS);
             barrier_create(&shared.empty[i], CONSUMERS * GROUP_THREADS / 32);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_created();
     }
     __syncthreads();
     launch_dependents();
@@ -318,11 +277,11 @@ template <int DIM> __global__ void __launch_bounds__(THREADS, 1) many_kernel(con
     if (group == CONSUMERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         wait_for_predecessor();
-        copy_pieces(p, shared, tiles, kv_head, first_tile, warp % GROUP_TILES, lane);
+        copy_pieces(p, shared, tiles, kv_head, warp % GROUP_TILES, lane);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         wait_for_predecessor();
-        ring_place place = {0, 0};
+        ring_place<STAGES> place;
         for (uint32_t begin = tiles.run_begin(0); begin < UNIT_TILES;) {
             const uint32_t end = tiles.run_end(begin);
             const uint32_t group_begin = max(begin, (uint32_t)(group * GROUP_TILES)),
@@ -346,10 +305,7 @@ template <int DIM> cudaError_t launch_many(const attention_parameters &p, cudaSt
 } // namespace
 
 bool attention_many_runs(uint32_t head_dim) {
-    cudaFuncAttributes attributes;
-    return (head_dim == 64 || head_dim == 128) &&
-           cudaFuncGetAttributes(&attributes, many_kernel<128>) == cudaSuccess && attributes.binaryVersion == 90 &&
-           attributes.ptxVersion == 90;
+    return (head_dim == 64 || head_dim == 128) && launch_is_hopper(many_kernel<128>);
 }
 
 cudaError_t attention_many(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream) {

@@ -59,9 +59,12 @@ template <int PENDING, int N> static __device__ __forceinline__ void wgmma_wait(
         asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-/* b: a right column a row of 128 bytes, its sixteens swizzled by wgmma_offset; it begins at a multiple of 1024 bytes. */
-static __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared_address) {
-    return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 16 | (shared_address & 0x3ffff) >> 4;
+/*
+ * b, by its address in shared memory: a right column a row of 128 bytes, its sixteens swizzled by wgmma_offset; it begins
+ * at a multiple of 1024 bytes.
+ */
+static __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
+    return (uint64_t)1 << 62 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 16 | (address & 0x3ffff) >> 4;
 }
 
 static __device__ __forceinline__ uint32_t wgmma_offset(uint32_t row, uint32_t sixteen) {

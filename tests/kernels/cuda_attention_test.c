@@ -7,8 +7,8 @@
 
 /*
  * cuda_rope and cuda_attention against float64 on random shapes: several sequences of odd lengths, blocks scattered over a
- * cache of NaN, all rows at once, split and not split, and rows alone. All ways must give the same bits, and where they
- * round y to activations those of cuda_round; and so must cuda_rope of all rows and of each alone.
+ * cache of NaN, all rows at once, split and not split, tiles in any order, and rows alone. All ways must give the same bits,
+ * and where they round y to activations those of cuda_round; and so must cuda_rope of all rows and of each alone.
  */
 
 enum { SEQUENCES = 3, BLOCKS = 64, POSITIONS = BLOCKS * CUDA_KV_BLOCK, COLUMNS_MAX = 8192 };
@@ -25,6 +25,14 @@ static float *random_floats(struct random *random, size_t n, float size) {
     for (size_t i = 0; i < n; i++)
         x[i] = random_float(random) * size;
     return x;
+}
+
+static void shuffle(struct random *random, uint32_t *x, uint32_t n) {
+    for (uint32_t i = n - 1; i > 0; i--) {
+        const uint32_t j = random_below(random, i + 1), swap = x[i];
+        x[i] = x[j];
+        x[j] = swap;
+    }
 }
 
 /* LONG: one context of up to POSITIONS; MANY: more than 512 rows, of which some begin at a multiple of 8. */
@@ -62,11 +70,7 @@ static void problem_make(struct random *random, enum kind kind, struct problem *
     p->table = malloc(sizeof *p->table * p->rows);
     for (uint32_t i = 0; i < SEQUENCES * BLOCKS; i++)
         p->tables[i] = i;
-    for (uint32_t i = SEQUENCES * BLOCKS - 1; i > 0; i--) {
-        const uint32_t j = random_below(random, i + 1), swap = p->tables[i];
-        p->tables[i] = p->tables[j];
-        p->tables[j] = swap;
-    }
+    shuffle(random, p->tables, SEQUENCES * BLOCKS);
     uint32_t row = 0;
     for (uint32_t s = 0; s < SEQUENCES; s++)
         for (uint32_t i = 0; i < p->lengths[s]; i++, row++) {
@@ -186,6 +190,29 @@ static bool rounds_alike(const struct cuda_attention *attention, float *partial,
     return alike;
 }
 
+/* A sequence's rows in tiles: not split, in any order, split; a row a tile: not split and split. */
+enum way { WHOLE, MIXED, SPLIT, ROWS_WHOLE, ROWS_SPLIT, WAYS };
+
+/* Cuts the rows into tiles for a way. */
+static void make_tiles(struct random *random, const struct problem *p, enum way way, struct cuda_attention *a) {
+    const uint32_t most = way < ROWS_WHOLE ? cuda_attention_tile_tokens(&p->heads) : 1;
+    uint32_t *tiles = malloc(p->rows * sizeof *tiles), *counts = malloc(p->rows * sizeof *counts);
+    a->tile_count = 0;
+    for (uint32_t row = 0; row < p->rows; row++)
+        if (p->position[row] % most == 0)
+            tiles[a->tile_count++] = row;
+    if (way == MIXED)
+        shuffle(random, tiles, a->tile_count);
+    for (uint32_t i = 0; i < a->tile_count; i++) {
+        const uint32_t row = tiles[i], left = p->lengths[p->table[row] / BLOCKS] - p->position[row];
+        counts[i] = left < most ? left : most;
+    }
+    CUDA_CHECK(cudaMemcpy((void *)a->tiles, tiles, sizeof *tiles * a->tile_count, cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaMemcpy((void *)a->tile_rows, counts, sizeof *counts * a->tile_count, cudaMemcpyHostToDevice));
+    free(tiles);
+    free(counts);
+}
+
 int main(void) {
     struct random random;
     cuda_test_begin(&random);
@@ -208,45 +235,32 @@ int main(void) {
         CUDA_CHECK(cuda_rope(&p.heads, &a.rows, qkv, q_norm, k_norm, 1e-6f, cos_sin, q, cache, 0));
         const bool rope = rope_alone_is_same(&p, &a.rows, qkv, q_norm, k_norm, cos_sin, q, cache);
 
-        const uint32_t most = cuda_attention_tile_tokens(&p.heads);
-        uint32_t *tiles = calloc(p.rows, sizeof *tiles), *counts = calloc(p.rows, sizeof *counts);
-        for (uint32_t s = 0, row = 0; s < SEQUENCES; row += p.lengths[s++])
-            for (uint32_t i = 0; i < p.lengths[s]; i += most, a.tile_count++) {
-                tiles[a.tile_count] = row + i;
-                counts[a.tile_count] = p.lengths[s] - i < most ? p.lengths[s] - i : most;
-            }
-        a.tiles = cuda_test_buffer(tiles, sizeof *tiles * p.rows);
-        a.tile_rows = cuda_test_buffer(counts, sizeof *counts * p.rows);
+        a.tiles = cuda_test_buffer(NULL, sizeof(uint32_t) * p.rows);
+        a.tile_rows = cuda_test_buffer(NULL, sizeof(uint32_t) * p.rows);
         float *partial = cuda_test_buffer(NULL, sizeof(float) * cuda_attention_partial_floats(&p.heads, p.rows, p.longest));
-        float *y[3];
+        float *y[WAYS];
         bool rounded = true;
-        for (int way = 0; way < 3; way++) {
-            if (way == 2) { /* one row a tile */
-                for (uint32_t row = 0; row < p.rows; row++) {
-                    tiles[row] = row;
-                    counts[row] = 1;
-                }
-                a.tile_count = p.rows;
-                CUDA_CHECK(cudaMemcpy((void *)a.tiles, tiles, sizeof *tiles * p.rows, cudaMemcpyHostToDevice));
-                CUDA_CHECK(cudaMemcpy((void *)a.tile_rows, counts, sizeof *counts * p.rows, cudaMemcpyHostToDevice));
-            }
+        for (int way = 0; way < WAYS; way++) {
+            make_tiles(&random, &p, (enum way)way, &a);
             a.y = cuda_test_buffer(NULL, y_bytes);
-            a.partial = way ? partial : NULL;
+            a.partial = way == SPLIT || way == ROWS_SPLIT ? partial : NULL;
             CUDA_CHECK(cuda_attention(&a, 0));
             y[way] = malloc(y_bytes);
             cuda_test_fetch(y[way], a.y, y_bytes);
             cudaFree(a.y);
-            if (way == 0 && p.heads.heads * dim <= COLUMNS_MAX)
-                rounded = rounds_alike(&a, partial, y[0]);
+            if (way == WHOLE && p.heads.heads * dim <= COLUMNS_MAX)
+                rounded = rounds_alike(&a, partial, y[WHOLE]);
         }
-        const double error = compare(&random, &p, y[0]);
-        const bool split = memcmp(y[0], y[1], y_bytes) == 0, alone = memcmp(y[0], y[2], y_bytes) == 0;
-        tap_ok(error < 2e-3 && split && alone && rounded && rope,
-               "%u heads of %u, %u kv heads, lengths %u %u %u: relative error %.1e, split %s, alone %s, rounded %s, rope "
-               "alone %s",
+        const double error = compare(&random, &p, y[WHOLE]);
+        const bool split = memcmp(y[WHOLE], y[SPLIT], y_bytes) == 0, mixed = memcmp(y[WHOLE], y[MIXED], y_bytes) == 0,
+                   alone = memcmp(y[WHOLE], y[ROWS_WHOLE], y_bytes) == 0 &&
+                           memcmp(y[WHOLE], y[ROWS_SPLIT], y_bytes) == 0;
+        tap_ok(error < 2e-3 && split && alone && mixed && rounded && rope,
+               "%u heads of %u, %u kv heads, lengths %u %u %u: relative error %.1e, split %s, alone %s, mixed %s, rounded "
+               "%s, rope alone %s",
                p.heads.heads, dim, p.heads.kv_heads, p.lengths[0], p.lengths[1], p.lengths[2], error,
-               split ? "the same" : "DIFFERENT", alone ? "the same" : "DIFFERENT", rounded ? "the same" : "DIFFERENT",
-               rope ? "the same" : "DIFFERENT");
+               split ? "the same" : "DIFFERENT", alone ? "the same" : "DIFFERENT", mixed ? "the same" : "DIFFERENT",
+               rounded ? "the same" : "DIFFERENT", rope ? "the same" : "DIFFERENT");
         void *device[] = {qkv,
                           q_norm,
                           k_norm,
@@ -261,10 +275,8 @@ int main(void) {
                           (void *)a.tile_rows};
         for (size_t i = 0; i < sizeof device / sizeof *device; i++)
             cudaFree(device[i]);
-        for (int way = 0; way < 3; way++)
+        for (int way = 0; way < WAYS; way++)
             free(y[way]);
-        free(tiles);
-        free(counts);
         problem_free(&p);
     }
     return tap_done();
