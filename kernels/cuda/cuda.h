@@ -35,9 +35,7 @@ struct cuda_matrix {
     const void *tiles;
 };
 
-/* Bytes of one chunk: those of 16 rows of 256 columns in the format; 0 for a format moed does not run. */
-size_t cuda_chunk_bytes(enum quant_type type);
-/* Bytes of the tiles of one expert (of the whole matrix where there is one). */
+/* Bytes of the tiles of one expert (of the whole matrix where there is one); 0 for a format moed does not run. */
 size_t cuda_matrix_expert_bytes(enum quant_type type, uint32_t columns, uint32_t rows);
 
 /*

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/warp.cuh"
 
 /* What a job of an item takes, in some unit: weights have to be expanded once, and each eight tokens multiplied. */
 static __device__ __forceinline__ uint32_t item_job_cost(uint32_t count) {
@@ -17,13 +18,7 @@ struct item_costs {
     __device__ __forceinline__ item_costs(const cuda_item *items, uint32_t count, uint32_t item, uint32_t before,
                                           int lane) {
         own = item < count ? item_job_cost(items[item].count) : 0;
-        through = own;
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            const uint32_t other = __shfl_up_sync(0xffffffffu, through, offset);
-            through += lane >= offset ? other : 0;
-        }
-        through += before;
+        through = warp_scan(own, lane) + before;
     }
     __device__ __forceinline__ uint32_t last() const {
         return __shfl_sync(0xffffffffu, through, 31);

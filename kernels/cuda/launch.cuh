@@ -62,7 +62,7 @@ static cudaError_t launch(void (*kernel)(PARAMETERS...), dim3 grid, dim3 block, 
     return launch_clusters(1, kernel, grid, block, shared, stream, arguments...);
 }
 
-/* Bytes of 16 rows of 256 weights in a format. */
+/* Bytes of one chunk: those of 16 rows of 256 columns in the format; 0 for a format moed does not run. */
 static __host__ __device__ constexpr size_t launch_chunk_bytes(int type) {
     return type == QUANT_F32    ? 16384
            : type == QUANT_F16  ? 8192

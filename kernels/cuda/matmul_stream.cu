@@ -8,6 +8,7 @@
  */
 #include <algorithm>
 
+#include "kernels/cuda/barrier.cuh"
 #include "kernels/cuda/item_run.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.cuh"

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/warp.cuh"
 
 /*
  * Parts of kernels that norm rows or round them to f16. NORM_THREADS share the squares of a row: thread i adds those of
@@ -13,13 +14,6 @@
  * if they were lanes.
  */
 enum { NORM_THREADS = 512, NORM_WARPS = NORM_THREADS / 32, NORM_COLUMNS_MAX = 8192 };
-
-template <class OPERATION> static __device__ __forceinline__ float warp_reduce(float value, OPERATION operation) {
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2)
-        value = operation(value, __shfl_xor_sync(0xffffffffu, value, offset));
-    return value;
-}
 
 /* Joins what the warps of a block have left in `shared`, of values that 0 does not change. */
 template <class OPERATION>

@@ -2,10 +2,11 @@
  * Repacks rows of a GGUF tensor into the tiles of tile.cuh, and bounds their weights: cuda_pack and cuda_weight_bound of
  * cuda.h. A warp packs one chunk; lane 4 g + t gathers the columns 8 t to 8 t + 7 of every group, of rows g and g + 8.
  */
-#include "kernels/cuda/launch.cuh"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/warp.cuh"
 
 namespace {
 
@@ -188,17 +189,12 @@ __global__ void bound_kernel(int type, const uint8_t *data, size_t block_bytes, 
     float greatest = 0;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < blocks; i += (size_t)gridDim.x * blockDim.x)
         greatest = fmaxf(greatest, block_bound(type, data + i * block_bytes));
-    for (int offset = 16; offset; offset /= 2)
-        greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, offset));
+    greatest = warp_reduce(greatest, [](float a, float b) { return fmaxf(a, b); });
     if (threadIdx.x % 32 == 0)
         atomicMax(bound, __float_as_uint(greatest));
 }
 
 } // namespace
-
-size_t cuda_chunk_bytes(enum quant_type type) {
-    return launch_chunk_bytes(type);
-}
 
 size_t cuda_matrix_expert_bytes(enum quant_type type, uint32_t columns, uint32_t rows) {
     const size_t chunks = (columns + (size_t)CUDA_CHUNK - 1) / CUDA_CHUNK;

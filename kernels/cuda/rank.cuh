@@ -2,6 +2,7 @@
 #define MOED_KERNELS_CUDA_RANK_CUH
 
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/warp.cuh"
 #include "kernels/sampling.h"
 
 /* What the kernels share that take the greatest logit of a row, list what may be drawn, and draw. */
@@ -22,27 +23,11 @@ static __device__ __forceinline__ float ranked_value(unsigned long long rank) {
 }
 
 static __device__ __forceinline__ unsigned long long warp_greatest(unsigned long long best) {
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2)
-        best = max(best, __shfl_xor_sync(0xffffffffu, best, offset));
-    return best;
+    return warp_reduce(best, [](unsigned long long a, unsigned long long b) { return max(a, b); });
 }
 
 static __device__ __forceinline__ unsigned long long warp_sum(unsigned long long sum) {
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    return sum;
-}
-
-/* The sum over this lane and those below. */
-static __device__ __forceinline__ unsigned long long warp_scan(unsigned long long sum, uint32_t lane) {
-#pragma unroll
-    for (uint32_t offset = 1; offset < 32; offset *= 2) {
-        const unsigned long long before = __shfl_up_sync(0xffffffffu, sum, offset);
-        sum += lane >= offset ? before : 0;
-    }
-    return sum;
+    return warp_reduce(sum, [](unsigned long long a, unsigned long long b) { return a + b; });
 }
 
 /* The greatest of what each thread of a block of up to 32 warps has. */

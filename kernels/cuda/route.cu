@@ -8,6 +8,7 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/norm.cuh"
 #include "kernels/cuda/route.cuh"
+#include "kernels/cuda/warp.cuh"
 
 namespace {
 
@@ -211,20 +212,12 @@ __device__ __forceinline__ void sort_assignments(const struct cuda_route &r, con
                                                  uint32_t last, uint32_t count, uint32_t before, uint32_t *next) {
     __shared__ uint64_t warps[SORT_THREADS / 32];
     const uint32_t i = threadIdx.x, lane = i % 32, pieces = (count + r.item_tokens - 1) / r.item_tokens;
-    uint64_t sum = (uint64_t)count << 32 | pieces; /* of both over the experts up to this thread's */
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const uint64_t left = __shfl_up_sync(0xffffffffu, sum, offset);
-        sum += lane >= (uint32_t)offset ? left : 0;
-    }
+    uint64_t sum = warp_scan((uint64_t)count << 32 | pieces, lane); /* of both, over the experts up to this thread's */
     if (lane == 31)
         warps[i / 32] = sum;
     __syncthreads();
-    uint64_t below = lane < i / 32 ? warps[lane] : 0;
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2)
-        below += __shfl_xor_sync(0xffffffffu, below, offset);
-    sum += below;
+    const uint64_t below = lane < i / 32 ? warps[lane] : 0;
+    sum += warp_reduce(below, [](uint64_t a, uint64_t b) { return a + b; });
     const uint32_t start = (uint32_t)(sum >> 32) - count, first_item = (uint32_t)sum - pieces;
     next[i] = start + before;
     __syncthreads();

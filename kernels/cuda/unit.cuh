@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/warp.cuh"
 
 /*
  * How cuda_matmul_many cuts its work: an item's tokens into pieces of nearly one size, a multiple of UNIT_TOKEN_STEP but
@@ -40,12 +41,7 @@ struct unit_finder {
         if (first_item + lane < items)
             item = list.items ? list.items[first_item + lane] : cuda_item{0, 0, list.tokens};
         pieces = (item.count + list.piece_tokens - 1) / list.piece_tokens;
-        units_up_to = pieces * list.row_blocks;
-#pragma unroll
-        for (int i = 1; i < 32; i *= 2) {
-            const uint32_t below = __shfl_up_sync(0xffffffffu, units_up_to, i);
-            units_up_to += lane >= i ? below : 0;
-        }
+        units_up_to = warp_scan(pieces * list.row_blocks, lane);
     }
     /* Unit `index`, not less than at the call before; one of 0 tokens where there is none. */
     __device__ __forceinline__ unit find(uint32_t index) {
