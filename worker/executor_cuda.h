@@ -43,7 +43,7 @@ struct cuda_input {
 /* Shape of a launch sequence: what is baked into a captured graph. */
 struct cuda_shape {
     uint32_t rows, tiles, outputs, context_limit;
-    bool split;
+    bool split, decode; /* decode: every row is a tile, of a sequence of its own or a copy of another row */
 };
 
 struct cuda_graph {

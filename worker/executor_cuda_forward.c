@@ -56,11 +56,16 @@ static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape
     const uint32_t width = q_width + 2 * kv_width, n = shape->rows;
     unsigned char *cache = cuda->kv + l * cuda->kv_layer_bytes;
     const struct cuda_rows rows = {cuda->device.position, cuda->device.table, cuda->device.tables, n};
+    const struct cuda_rope rope = {
+        cuda->qkv, layer->attn_q_norm, layer->attn_k_norm, cuda->cos_sin, config->rms_epsilon,
+    };
+    const bool rope_within = shape->decode && cuda_attention_takes_rope(&cuda->heads);
     const struct cuda_attention a = {
         .heads = cuda->heads,
         .rows = rows,
         .q = cuda->q,
         .cache = cache,
+        .rope = rope_within ? &rope : NULL,
         .tiles = cuda->device.tiles,
         .tile_rows = cuda->device.tile_rows,
         .tile_count = shape->tiles,
@@ -85,10 +90,10 @@ static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape
         error = cuda_matmul_parts(qkv, 3, cuda->stream);
     }
     error = error ? error : cuda_mark(cuda, "q, k, v");
-    error = error ? error
-                  : cuda_rope(&cuda->heads, &rows, cuda->qkv, layer->attn_q_norm, layer->attn_k_norm,
-                              config->rms_epsilon, cuda->cos_sin, cuda->q, cache, cuda->stream);
-    error = error ? error : cuda_mark(cuda, "rope");
+    if (!rope_within) {
+        error = error ? error : cuda_rope(&cuda->heads, &rows, &rope, cuda->q, cache, cuda->stream);
+        error = error ? error : cuda_mark(cuda, "rope");
+    }
     error = error ? error : cuda_attention(&a, cuda->stream);
     error = error ? error : cuda_mark(cuda, "attention");
     error = error ? error : many ? cuda_matmul_many(&output, cuda->stream) : cuda_matmul(&output, cuda->stream);
@@ -236,7 +241,7 @@ int cuda_graphs_capture(struct executor_cuda *cuda, struct status *status) {
         for (uint32_t c = 0; c < CONTEXT_BUCKETS && (c == 0 || context_buckets[c - 1] < info->context_length); c++) {
             const uint32_t rows = least(row_buckets[r], most), limit = least(context_buckets[c], info->context_length);
             struct cuda_graph *graph = &cuda->graphs[cuda->graph_count];
-            graph->shape = (struct cuda_shape){.rows = rows, .tiles = rows, .outputs = rows, .context_limit = limit};
+            graph->shape = (struct cuda_shape){.rows = rows, .tiles = rows, .outputs = rows, .context_limit = limit, .decode = true};
             graph->shape.split = cuda_shape_splits(cuda, &graph->shape);
             cudaError_t error = cuda_graph_capture(cuda, graph);
             if (error != cudaSuccess)

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/attention_rope.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/norm.cuh"
 #include "kernels/cuda/stream.cuh"
@@ -18,39 +19,54 @@ template <int DIM> struct split_shape {
     static constexpr int warps = most_warps < 12 ? most_warps : 12;
 };
 
-template <int DIM> struct split_memory {
-    unsigned char blocks[split_shape<DIM>::warps][ATTENTION_PIECE_BLOCKS][split_shape<DIM>::block_bytes];
-    uint64_t barriers[split_shape<DIM>::warps][ATTENTION_PIECE_BLOCKS];
+/* Of each warp. */
+template <int DIM> struct alignas(128) split_memory {
+    unsigned char blocks[ATTENTION_PIECE_BLOCKS][split_shape<DIM>::block_bytes];
+    uint64_t barriers[ATTENTION_PIECE_BLOCKS];
 };
 
 /*
  * All pieces of a tile by one warp, blocks through its ring as in split_kernel: where attention_many does not run, or
- * has but one row a tile. ROWS 1: tiles have no rows 8 to 15.
+ * has but one row a tile. ROWS 1: tiles have no rows 8 to 15. ROPE: as for split_kernel.
  */
-template <int DIM, int ROWS>
+template <int DIM, int ROWS, bool ROPE>
 __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(const attention_parameters p) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     launch_dependents();
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) unsigned char memory[];
-    split_memory<DIM> &shared = *reinterpret_cast<split_memory<DIM> *>(memory);
-    stream_ring ring = stream_create(shared.blocks[warp], shared.barriers[warp], split_shape<DIM>::block_bytes,
+    split_memory<DIM> &shared = ((split_memory<DIM> *)memory)[warp];
+    stream_ring ring = stream_create(shared.blocks, shared.barriers, split_shape<DIM>::block_bytes,
                                      ATTENTION_PIECE_BLOCKS, lane);
 #endif
-    wait_for_predecessor();
     for (uint32_t unit = warp * gridDim.x + blockIdx.x; unit < p.tile_count * p.kv_heads;
          unit += gridDim.x * split_shape<DIM>::warps) {
         const uint32_t tile = unit / p.kv_heads, kv_head = unit % p.kv_heads;
-        if (p.tile_rows[tile] == 0)
+        const uint32_t row = ROPE ? tile : p.tiles[tile], count = ROPE ? 1 : p.tile_rows[tile];
+        if (count == 0)
             continue;
-        const uint32_t *table = p.tables + p.table[p.tiles[tile]];
-        const uint32_t blocks = p.position[p.tiles[tile] + p.tile_rows[tile] - 1] / CUDA_KV_BLOCK + 1;
+        const uint32_t *table = p.tables + p.table[row];
+        const uint32_t last = p.position[row + count - 1], blocks = last / CUDA_KV_BLOCK + 1;
 #if __CUDA_ARCH__ >= 900
         uint32_t sent = 0;
+        const auto fill = [&] {
+#pragma unroll 1
+            for (; sent < blocks && !stream_full(ring); sent++)
+                stream_put(ring, {block_keys<DIM>(p, table[sent], kv_head)}, split_shape<DIM>::block_bytes, lane);
+        };
+        if (ROPE)
+            fill();
 #endif
+        wait_for_predecessor();
         attention_rows<DIM> rows;
+        attention_own<DIM> own;
         attention_state<DIM> total, piece;
-        load_rows(p, tile, true, kv_head, lane, rows);
+        if constexpr (ROPE) {
+            own.load(p, row, kv_head, lane);
+            rotate_queries(p, row, kv_head, last, lane, rows);
+        } else {
+            load_rows(p, tile, true, kv_head, lane, rows);
+        }
         total.clear();
 #pragma unroll 1
         for (uint32_t first = 0; first < blocks; first += ATTENTION_PIECE_BLOCKS) {
@@ -58,10 +74,14 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
 #pragma unroll 1
             for (uint32_t b = first; b < min(first + ATTENTION_PIECE_BLOCKS, blocks); b++) {
 #if __CUDA_ARCH__ >= 900
-#pragma unroll 1
-                for (; sent < blocks && !stream_full(ring); sent++)
-                    stream_put(ring, {block_keys<DIM>(p, table[sent], kv_head)}, split_shape<DIM>::block_bytes, lane);
+                fill();
                 const half *keys = (const half *)stream_get(ring);
+                if constexpr (ROPE)
+                    if (b == last / CUDA_KV_BLOCK) {
+                        own.store(p, last, block_keys<DIM>(p, table[b], kv_head), (half *)keys, lane);
+                        stream_see_stores();
+                        __syncwarp();
+                    }
 #else
                 const half *keys = block_keys<DIM>(p, table[b], kv_head);
 #endif
@@ -85,7 +105,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
             if (rows.limit[r] >= 0) {
-                float *y = p.y + (uint64_t)tile_row_head(p, tile, kv_head, lane / 4 + 8 * r) * DIM + 2 * (lane & 3);
+                float *y = p.y + (uint64_t)tile_row_head(p, row, kv_head, lane / 4 + 8 * r) * DIM + 2 * (lane & 3);
 #pragma unroll
                 for (int n = 0; n < DIM / 8; n++)
                     *(float2 *)(y + 8 * n) = make_float2(quotient(total.out[n][2 * r], total.sum[r]),
@@ -96,41 +116,47 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
 
 /* One piece of one tile for one KV head, and which of its blocks is to be copied next. */
 struct split_unit {
-    uint32_t index, tile, kv_head, piece, block, end;
+    uint32_t index, tile, row, kv_head, piece, block, end, last; /* row: the tile's first; last: its last's position */
     const uint32_t *table;
 };
 
 /* The first unit at or behind `index`, in strides, that its tile's context has. Pieces come first, of all tiles. */
+template <bool ROPE>
 __device__ __forceinline__ split_unit split_unit_from(const attention_parameters &p, uint32_t index, uint32_t stride) {
     const uint32_t per_piece = p.kv_heads * p.tile_count;
     for (; index < per_piece * p.pieces; index += stride) {
-        const uint32_t piece = index / per_piece, tile = index % per_piece / p.kv_heads, rows = p.tile_rows[tile];
+        const uint32_t piece = index / per_piece, tile = index % per_piece / p.kv_heads;
+        const uint32_t rows = ROPE ? 1 : p.tile_rows[tile], row = ROPE ? tile : p.tiles[tile];
         if (rows == 0)
             continue;
-        const uint32_t last_row = p.tiles[tile] + rows - 1, first = piece * ATTENTION_PIECE_BLOCKS;
-        const uint32_t blocks = p.position[last_row] / CUDA_KV_BLOCK + 1;
+        const uint32_t last_row = row + rows - 1, first = piece * ATTENTION_PIECE_BLOCKS;
+        const uint32_t last = p.position[last_row], blocks = last / CUDA_KV_BLOCK + 1;
         if (first < blocks)
             return {index,
                     tile,
+                    row,
                     index % p.kv_heads,
                     piece,
                     first,
                     min(first + ATTENTION_PIECE_BLOCKS, blocks),
+                    last,
                     p.tables + p.table[last_row]};
     }
-    return {index, 0, 0, 0, 0, 0, NULL};
+    return {index, 0, 0, 0, 0, 0, 0, 0, NULL};
 }
 
-template <int DIM>
+/* ONE: the tile is one row, all of it in rows g. */
+template <int DIM, bool ONE>
 __device__ __forceinline__ void store_piece(const attention_parameters &p, const attention_rows<DIM> &rows,
-                                            uint32_t tile, uint32_t kv_head, uint32_t piece, int lane,
-                                            const attention_state<DIM> &s) {
+                                            const split_unit &u, int lane, const attention_state<DIM> &s) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
+    for (int r = 0; r < (ONE ? 1 : 2); r++) {
         const float sum = row_sum(s.sum[r]);
         if (rows.limit[r] < 0)
             continue;
-        const uint64_t at = (uint64_t)tile_row_head(p, tile, kv_head, lane / 4 + 8 * r) * p.pieces + piece;
+        const uint32_t head = ONE ? u.row * p.heads + u.kv_head * p.group + lane / 4
+                                  : tile_row_head(p, u.row, u.kv_head, lane / 4 + 8 * r);
+        const uint64_t at = (uint64_t)head * p.pieces + u.piece;
 #pragma unroll
         for (int n = 0; n < DIM / 8; n++)
             *(float2 *)(p.partial + at * DIM + 8 * n + 2 * (lane & 3)) =
@@ -143,47 +169,64 @@ __device__ __forceinline__ void store_piece(const attention_parameters &p, const
 /*
  * Pieces, a warp each. Where there is a copy engine the blocks of a piece come through the warp's ring, which fills for
  * the next piece while this one is worked on; what was in the cache before this step begins its way to L2 at once.
+ * With ROPE all of the cache but the row's own position was there before this step: the ring fills before the predecessor
+ * has ended, and the warp with the own position puts it into its copy.
  */
-template <int DIM>
+template <int DIM, bool ROPE>
 __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(const attention_parameters p) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    const uint32_t stride = gridDim.x * split_shape<DIM>::warps;
-    split_unit next = split_unit_from(p, warp * gridDim.x + blockIdx.x, stride);
+    const uint32_t stride = gridDim.x * (blockDim.x / 32);
     launch_dependents();
+    split_unit next = split_unit_from<ROPE>(p, warp * gridDim.x + blockIdx.x, stride);
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) unsigned char memory[];
     constexpr uint32_t bytes = split_shape<DIM>::block_bytes;
-    split_memory<DIM> &shared = *reinterpret_cast<split_memory<DIM> *>(memory);
-    stream_ring ring = stream_create(shared.blocks[warp], shared.barriers[warp], bytes, ATTENTION_PIECE_BLOCKS, lane);
+    split_memory<DIM> &shared = ((split_memory<DIM> *)memory)[warp];
+    stream_ring ring = stream_create(shared.blocks, shared.barriers, bytes, ATTENTION_PIECE_BLOCKS, lane);
     const auto fill = [&] {
 #pragma unroll 1
         for (; next.block < next.end && !stream_full(ring); next.block++)
             stream_put(ring, {block_keys<DIM>(p, next.table[next.block], next.kv_head)}, bytes, lane);
     };
-    if (lane < (int)(next.end - next.block))
+    if (ROPE)
+        fill();
+    else if (lane < (int)(next.end - next.block))
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
                          block_keys<DIM>(p, next.table[next.block + lane], next.kv_head)),
                      "r"(bytes));
 #endif
     wait_for_predecessor();
 #if __CUDA_ARCH__ >= 900
-    fill();
+    if (!ROPE)
+        fill();
 #endif
     while (next.table) {
         const split_unit now = next;
         attention_rows<DIM> rows;
+        attention_own<DIM> own;
         attention_state<DIM> s;
-        load_rows(p, now.tile, true, now.kv_head, lane, rows);
+        if constexpr (ROPE) {
+            own.load(p, now.row, now.kv_head, lane);
+            rotate_queries(p, now.row, now.kv_head, now.last, lane, rows);
+        } else {
+            load_rows(p, now.tile, true, now.kv_head, lane, rows);
+        }
         s.clear();
-        next = split_unit_from(p, now.index + stride, stride);
+        next = split_unit_from<ROPE>(p, now.index + stride, stride);
         for (uint32_t b = now.piece * ATTENTION_PIECE_BLOCKS; b < now.end; b++) {
 #if __CUDA_ARCH__ >= 900
             fill();
             const half *keys = (const half *)stream_get(ring);
+            if constexpr (ROPE)
+                if (b == now.last / CUDA_KV_BLOCK) {
+                    own.store(p, now.last, block_keys<DIM>(p, now.table[b], now.kv_head), (half *)keys, lane);
+                    stream_see_stores();
+                    __syncwarp();
+                }
 #else
             const half *keys = block_keys<DIM>(p, now.table[b], now.kv_head);
 #endif
-            attend_block<DIM <= 128 ? DIM / 8 : 0, 2>(rows, keys, (int)(b * CUDA_KV_BLOCK), lane, s);
+            attend_block<DIM <= 128 ? DIM / 8 : 0, ROPE ? 1 : 2>(rows, keys, (int)(b * CUDA_KV_BLOCK), lane, s);
 #if __CUDA_ARCH__ >= 900
             stream_release(ring);
 #endif
@@ -191,7 +234,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
 #if __CUDA_ARCH__ >= 900
         fill();
 #endif
-        store_piece(p, rows, now.tile, now.kv_head, now.piece, lane, s);
+        store_piece<DIM, ROPE>(p, rows, now, lane, s);
     }
 }
 
@@ -270,17 +313,17 @@ __global__ void __launch_bounds__(JOIN_THREADS) join_kernel(const attention_para
         p.out.scale[row] = scale;
 }
 
-/* hopper: the kernels were compiled for it. */
-template <int DIM>
+/* hopper: the kernels were compiled for it. Units go to as many multiprocessors as there are, and few have few warps. */
+template <int DIM, bool ROPE>
 cudaError_t launch_split(const attention_parameters &p, bool hopper, cudaStream_t stream) {
-    constexpr uint32_t warps = split_shape<DIM>::warps;
-    const uint32_t blocks = (p.tile_count * p.kv_heads * p.pieces + warps - 1) / warps;
-    const size_t shared = hopper ? sizeof(split_memory<DIM>) : 0;
+    constexpr uint32_t most = split_shape<DIM>::warps;
+    const uint32_t units = p.tile_count * p.kv_heads * p.pieces;
+    const uint32_t blocks = hopper ? std::min(units, launch_processors()) : (units + most - 1) / most;
+    const uint32_t warps = std::min((units + blocks - 1) / blocks, most);
+    const size_t shared = hopper ? warps * sizeof(split_memory<DIM>) : 0;
     cudaError_t error =
-        cudaFuncSetAttribute(split_kernel<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    error = error ? error
-                  : launch(split_kernel<DIM>, dim3(hopper ? std::min(blocks, launch_processors()) : blocks), dim3(warps * 32),
-                           shared, stream, p);
+        cudaFuncSetAttribute(split_kernel<DIM, ROPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    error = error ? error : launch(split_kernel<DIM, ROPE>, dim3(blocks), dim3(warps * 32), shared, stream, p);
     const uint32_t parts = !hopper ? 1 : p.rows < 48 ? JOIN_PARTS : JOIN_PARTS / 2; /* some 200 blocks are enough */
     const uint32_t block_units = (p.heads * join_shape<DIM>::units + parts - 1) / parts;
     const size_t values = p.out.half ? block_units * 32 * join_shape<DIM>::own * sizeof(float) : 0;
@@ -293,10 +336,12 @@ template <int DIM>
 cudaError_t launch_whole(const attention_parameters &p, bool hopper, cudaStream_t stream) {
     constexpr uint32_t warps = split_shape<DIM>::warps;
     const uint32_t blocks = (p.tile_count * p.kv_heads + warps - 1) / warps;
-    const size_t shared = hopper ? sizeof(split_memory<DIM>) : 0;
+    const size_t shared = hopper ? warps * sizeof(split_memory<DIM>) : 0;
     /* Few units are spread over all processors. */
     const dim3 grid(hopper ? std::min(p.tile_count * p.kv_heads, launch_processors()) : blocks);
-    const auto kernel = p.tile_count == p.rows && p.group <= 8 ? whole_kernel<DIM, 1> : whole_kernel<DIM, 2>;
+    auto kernel = p.tile_count == p.rows && p.group <= 8 ? whole_kernel<DIM, 1, false> : whole_kernel<DIM, 2, false>;
+    if constexpr (DIM == 64 || DIM == 128)
+        kernel = p.rope.qkv ? whole_kernel<DIM, 1, true> : kernel;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     return error ? error : launch(kernel, grid, dim3(warps * 32), shared, stream, p);
 }
@@ -305,13 +350,16 @@ template <int DIM> cudaError_t launch_dim(const attention_parameters &p, cudaStr
     const uint32_t columns = p.heads * DIM;
     if (p.out.half && columns > ROUNDED_MAX)
         return cudaErrorInvalidValue;
-    cudaFuncAttributes attributes;
-    cudaError_t error = cudaFuncGetAttributes(&attributes, split_kernel<DIM>);
+    cudaFuncAttributes attributes = {};
+    cudaError_t error = cudaFuncGetAttributes(&attributes, split_kernel<DIM, false>);
+    const bool hopper = attributes.ptxVersion >= 90;
     if (error != cudaSuccess)
         return error;
-    const bool hopper = attributes.ptxVersion >= 90;
+    if constexpr (DIM == 64 || DIM == 128)
+        if (p.rope.qkv && p.partial)
+            return launch_split<DIM, true>(p, hopper, stream);
     if (p.partial)
-        return launch_split<DIM>(p, hopper, stream);
+        return launch_split<DIM, false>(p, hopper, stream);
     error = attention_many_runs(DIM) && p.tile_count < p.rows ? attention_many(p, DIM, stream)
                                                               : launch_whole<DIM>(p, hopper, stream);
     return error || !p.out.half ? error : cuda_round(p.y, columns, p.rows, &p.out, stream);
@@ -335,10 +383,19 @@ size_t cuda_attention_partial_floats(const struct cuda_heads *heads, uint32_t ro
     return (size_t)rows * heads->heads * piece_count(context_limit) * (heads->head_dim + 2);
 }
 
+bool cuda_attention_takes_rope(const struct cuda_heads *heads) {
+    return heads->heads / heads->kv_heads <= 8 && attention_many_runs(heads->head_dim); /* the same build and device */
+}
+
 cudaError_t cuda_attention(const struct cuda_attention *a, cudaStream_t stream) {
     attention_parameters p = {};
+    if (a->rope && !cuda_attention_takes_rope(&a->heads))
+        return cudaErrorInvalidValue;
+    if (a->rope)
+        p.rope = *a->rope;
+    p.q_scale = rope_query_scale(a->heads.head_dim);
     p.q = (const half *)a->q;
-    p.cache = (const half *)a->cache;
+    p.cache = (half *)a->cache;
     p.position = a->rows.position;
     p.table = a->rows.table;
     p.tables = a->rows.tables;

@@ -20,7 +20,10 @@
 constexpr uint32_t ATTENTION_PIECE_BLOCKS = CUDA_KV_PIECE / CUDA_KV_BLOCK;
 
 struct attention_parameters {
-    const half *q, *cache;
+    const half *q;
+    half *cache;
+    struct cuda_rope rope; /* of split_kernel, with it */
+    float q_scale;
     const uint32_t *position, *table, *tables, *tiles, *tile_rows;
     float *partial, *y; /* partial: [rows][heads][pieces][head_dim], not divided by the sum of weights */
     float2 *stats;      /* [rows][heads][pieces]: of the partial results, max and sum */
@@ -92,9 +95,9 @@ static __device__ __forceinline__ uint32_t pack_halves(float low, float high) {
 }
 
 /* A tile's rows: row i of 16 is head i % group of token i / group. Its number among all rows' heads. */
-static __device__ __forceinline__ uint32_t tile_row_head(const attention_parameters &p, uint32_t tile, uint32_t kv_head,
-                                                         int i) {
-    return (p.tiles[tile] + i / p.group) * p.heads + kv_head * p.group + i % p.group;
+static __device__ __forceinline__ uint32_t tile_row_head(const attention_parameters &p, uint32_t first_row,
+                                                         uint32_t kv_head, int i) {
+    return (first_row + i / p.group) * p.heads + kv_head * p.group + i % p.group;
 }
 
 /* Reads q, which the kernel before has made; `there`: false for no rows. */
@@ -108,7 +111,7 @@ static __device__ __forceinline__ void load_rows(const attention_parameters &p, 
         const uint32_t i = lane / 4 + 8 * r, token = i / p.group;
         rows.limit[r] = token < count ? (int)p.position[p.tiles[tile] + token] : -1;
         const half *q =
-            p.q + (token < count ? tile_row_head(p, tile, kv_head, i) : 0) * (uint64_t)DIM + 8 * (lane & 3);
+            p.q + (token < count ? tile_row_head(p, p.tiles[tile], kv_head, i) : 0) * (uint64_t)DIM + 8 * (lane & 3);
 #pragma unroll
         for (int d = 0; d < DIM / 32; d++) {
             const uint4 v = token < count ? *(const uint4 *)(q + 32 * d) : make_uint4(0, 0, 0, 0);
@@ -175,8 +178,7 @@ static __device__ __forceinline__ uint32_t values_mask(int position, int last) {
 
 /* A block's keys of a KV head; the values follow. */
 template <int DIM>
-static __device__ __forceinline__ const half *block_keys(const attention_parameters &p, uint32_t id,
-                                                         uint32_t kv_head) {
+static __device__ __forceinline__ half *block_keys(const attention_parameters &p, uint32_t id, uint32_t kv_head) {
     return p.cache + id * p.block_halves + (uint64_t)kv_head * 2 * DIM * CUDA_KV_BLOCK;
 }
 

@@ -203,7 +203,7 @@ template <int DIM> struct many_state {
 #pragma unroll
         for (int r = 0; r < 2; r++)
             if (rows.limit[r] >= 0) {
-                float *y = p.y + (uint64_t)tile_row_head(p, tile, kv_head, lane / 4 + 8 * r) * DIM + 2 * (lane & 3);
+                float *y = p.y + (uint64_t)tile_row_head(p, p.tiles[tile], kv_head, lane / 4 + 8 * r) * DIM + 2 * (lane & 3);
 #pragma unroll
                 for (int n = 2 * r; n < DIM / 2; n += 4)
                     *(float2 *)(y + 2 * (n - 2 * r)) = make_float2(quotient(total[n], sum[r]),

@@ -138,8 +138,11 @@ struct cuda_rows {
  * in f16, times 1 / sqrt(head_dim) and log2(e) for the softmax in powers of two; k and v go to the cache as f16.
  * qkv: [rows][heads + 2 kv_heads][head_dim]; cos_sin: [positions][head_dim / 2][2].
  */
-cudaError_t cuda_rope(const struct cuda_heads *heads, const struct cuda_rows *rows, const float *qkv,
-                      const float *q_norm, const float *k_norm, float epsilon, const float *cos_sin, void *q,
+struct cuda_rope {
+    const float *qkv, *q_norm, *k_norm, *cos_sin;
+    float epsilon;
+};
+cudaError_t cuda_rope(const struct cuda_heads *heads, const struct cuda_rows *rows, const struct cuda_rope *rope, void *q,
                       void *cache, cudaStream_t stream);
 
 /*
@@ -153,11 +156,16 @@ cudaError_t cuda_rope(const struct cuda_heads *heads, const struct cuda_rows *ro
  * first row of tile i and tile_rows[i] how many it has, at most cuda_attention_tile_tokens(heads).
  * context_limit: no row's position reaches it; it sets the launch's size.
  * With out.half, y rounded goes there, and y may stay unwritten; heads * head_dim is at most 8192 then.
+ * With rope (where cuda_attention_takes_rope, and split), it does what cuda_rope does, and q is not read. Tile i is row i
+ * then, and tiles and tile_rows are not read; no row attends to another's position of this step, but rows may be the
+ * same. The cache but for the rows' own positions was complete before the kernel before was launched.
  */
 struct cuda_attention {
     struct cuda_heads heads;
     struct cuda_rows rows;
-    const void *q, *cache;
+    const void *q;
+    void *cache;
+    const struct cuda_rope *rope; /* or NULL */
     const uint32_t *tiles, *tile_rows;
     uint32_t tile_count, context_limit;
     float *partial;
@@ -166,6 +174,7 @@ struct cuda_attention {
 };
 uint32_t cuda_attention_tile_tokens(const struct cuda_heads *heads);
 size_t cuda_attention_partial_floats(const struct cuda_heads *heads, uint32_t rows, uint32_t context_limit);
+bool cuda_attention_takes_rope(const struct cuda_heads *heads);
 cudaError_t cuda_attention(const struct cuda_attention *arguments, cudaStream_t stream);
 
 /* x[t][columns] = row tokens[t] of a table in the file's format. */

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/rope.cuh"
 
 namespace {
 
@@ -28,72 +29,6 @@ __device__ __forceinline__ bool neighbours(const parameters &p, uint32_t first, 
     for (int j = 1; j < ROWS; j++)
         all = all && position[j] == position[0] + j && p.table[first + j] == p.table[first];
     return all;
-}
-
-/*
- * RMS norm and rotation of a head by one warp. The sum of squares: lane l adds dimensions l, l + 32, ... by fma, then
- * lanes are halved 16, 8, 4, 2, 1. x: of ROWS rows' heads dimension lane + 32 i in x[row][i]; cos_sin: of each row's
- * position. The rows go side by side, so that they wait for memory and for each other's lanes together.
- */
-template <int DIM, int ROWS>
-__device__ __forceinline__ void norm_and_rotate(float (&x)[ROWS][DIM / 32], const float *weight,
-                                                const float *const (&cos_sin)[ROWS], float epsilon, int lane) {
-    constexpr bool PAIRED = DIM % 64 == 0; /* pairs (d, d + DIM / 2) are in one lane, else in lanes 16 apart */
-    constexpr int OWN = DIM / 32, TURNS = PAIRED ? OWN / 2 : OWN;
-    float2 turn[ROWS][TURNS];
-    float sum[ROWS] = {};
-#pragma unroll
-    for (int j = 0; j < ROWS; j++)
-#pragma unroll
-        for (int i = 0; i < TURNS; i++)
-            turn[j][i] = ((const float2 *)cos_sin[j])[PAIRED ? lane + 32 * i : (lane + 32 * i) % (DIM / 2)];
-#pragma unroll
-    for (int j = 0; j < ROWS; j++)
-#pragma unroll
-        for (int i = 0; i < OWN; i++)
-            sum[j] = fmaf(x[j][i], x[j][i], sum[j]);
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2)
-#pragma unroll
-        for (int j = 0; j < ROWS; j++)
-            sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], offset);
-#pragma unroll
-    for (int j = 0; j < ROWS; j++) {
-        const float factor = 1.0f / sqrtf(sum[j] / (float)DIM + epsilon);
-#pragma unroll
-        for (int i = 0; i < OWN; i++)
-            x[j][i] = x[j][i] * factor * weight[lane + 32 * i];
-    }
-#pragma unroll
-    for (int j = 0; j < ROWS; j++) {
-        if constexpr (PAIRED) {
-#pragma unroll
-            for (int i = 0; i < TURNS; i++) {
-                const float2 r = turn[j][i];
-                const float a = x[j][i], b = x[j][i + TURNS];
-                x[j][i] = fmaf(a, r.x, -(b * r.y));
-                x[j][i + TURNS] = fmaf(a, r.y, b * r.x);
-            }
-        } else {
-            float rotated[OWN];
-#pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                const int d = lane + 32 * i, partner = d < DIM / 2 ? d + DIM / 2 : d - DIM / 2;
-                float other = 0;
-#pragma unroll
-                for (int k = 0; k < OWN; k++) {
-                    const float seen = __shfl_sync(0xffffffffu, x[j][k], (lane + 16) & 31);
-                    if (k == partner / 32)
-                        other = seen;
-                }
-                const float2 r = turn[j][i];
-                rotated[i] = d < DIM / 2 ? fmaf(x[j][i], r.x, -(other * r.y)) : fmaf(other, r.y, x[j][i] * r.x);
-            }
-#pragma unroll
-            for (int i = 0; i < OWN; i++)
-                x[j][i] = rotated[i];
-        }
-    }
 }
 
 /* A warp takes a head of ROWS rows, of which those behind the last repeat it. */
@@ -172,14 +107,12 @@ template <int DIM> cudaError_t launch_rope(const parameters &p, cudaStream_t str
 
 } // namespace
 
-cudaError_t cuda_rope(const struct cuda_heads *heads, const struct cuda_rows *rows, const float *qkv,
-                      const float *q_norm, const float *k_norm, float epsilon, const float *cos_sin, void *q,
+cudaError_t cuda_rope(const struct cuda_heads *heads, const struct cuda_rows *rows, const struct cuda_rope *rope, void *q,
                       void *cache, cudaStream_t stream) {
-    const float log2_e = 1.44269504f;
-    const parameters p = {qkv,
-                          q_norm,
-                          k_norm,
-                          cos_sin,
+    const parameters p = {rope->qkv,
+                          rope->q_norm,
+                          rope->k_norm,
+                          rope->cos_sin,
                           rows->position,
                           rows->table,
                           rows->tables,
@@ -188,8 +121,8 @@ cudaError_t cuda_rope(const struct cuda_heads *heads, const struct cuda_rows *ro
                           heads->heads,
                           heads->kv_heads,
                           rows->rows,
-                          epsilon,
-                          log2_e / sqrtf((float)heads->head_dim)};
+                          rope->epsilon,
+                          rope_query_scale(heads->head_dim)};
     switch (heads->head_dim) {
     case 32: return launch_rope<32>(p, stream);
     case 64: return launch_rope<64>(p, stream);

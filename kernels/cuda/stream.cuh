@@ -53,6 +53,11 @@ static __device__ __forceinline__ const uint8_t *stream_get(const stream_ring &r
     return (const uint8_t *)__cvta_shared_to_generic(ring.slots + ring.got * ring.slot_bytes);
 }
 
+/* Each thread that stored into a slot calls this before the slot is released: the next copy comes after. */
+static __device__ __forceinline__ void stream_see_stores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 static __device__ __forceinline__ void stream_release(stream_ring &ring) {
     __syncwarp();
     if (++ring.got == ring.count) {

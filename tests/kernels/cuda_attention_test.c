@@ -8,7 +8,8 @@
 /*
  * cuda_rope and cuda_attention against float64 on random shapes: several sequences of odd lengths, blocks scattered over a
  * cache of NaN, all rows at once, split and not split, tiles in any order, and rows alone. All ways must give the same bits,
- * and where they round y to activations those of cuda_round; and so must cuda_rope of all rows and of each alone.
+ * and where they round y to activations those of cuda_round; and so must cuda_rope of all rows and of each alone, and
+ * attention that does what cuda_rope does.
  */
 
 enum { SEQUENCES = 3, BLOCKS = 64, POSITIONS = BLOCKS * CUDA_KV_BLOCK, COLUMNS_MAX = 8192 };
@@ -133,17 +134,17 @@ static double compare(struct random *random, const struct problem *p, const floa
 }
 
 /* Whether cuda_rope of one row after the other makes the same q and cache as it made of all. */
-static bool rope_alone_is_same(const struct problem *p, const struct cuda_rows *rows, const float *qkv,
-                               const float *q_norm, const float *k_norm, const float *cos_sin, const void *q,
-                               const void *cache) {
+static bool rope_alone_is_same(const struct problem *p, const struct cuda_rows *rows, const struct cuda_rope *rope,
+                               const void *q, const void *cache) {
     const uint32_t dim = p->heads.head_dim, all = p->heads.heads + 2 * p->heads.kv_heads;
     const size_t q_row = 2 * (size_t)p->heads.heads * dim, q_bytes = q_row * p->rows,
                  cache_bytes = cuda_kv_block_bytes(&p->heads) * SEQUENCES * BLOCKS;
     unsigned char *q_alone = cuda_test_buffer(NULL, q_bytes), *cache_alone = cuda_test_buffer(NULL, cache_bytes);
     for (uint32_t row = 0; row < p->rows; row++) {
         const struct cuda_rows one = {rows->position + row, rows->table + row, rows->tables, 1};
-        CUDA_CHECK(cuda_rope(&p->heads, &one, qkv + (size_t)row * all * dim, q_norm, k_norm, 1e-6f, cos_sin,
-                             q_alone + q_row * row, cache_alone, 0));
+        struct cuda_rope of_one = *rope;
+        of_one.qkv += (size_t)row * all * dim;
+        CUDA_CHECK(cuda_rope(&p->heads, &one, &of_one, q_alone + q_row * row, cache_alone, 0));
     }
     unsigned char *want = malloc(q_bytes + cache_bytes), *got = malloc(q_bytes + cache_bytes);
     cuda_test_fetch(want, q_alone, q_bytes);
@@ -213,6 +214,72 @@ static void make_tiles(struct random *random, const struct problem *p, enum way 
     free(counts);
 }
 
+/* Overwrites what a block holds of a position with NaN. */
+static void spoil(const struct cuda_heads *heads, uint16_t *block, uint32_t position) {
+    const uint32_t dim = heads->head_dim, at = position % CUDA_KV_BLOCK;
+    for (uint32_t kv = 0; kv < heads->kv_heads; kv++, block += 2 * dim * CUDA_KV_BLOCK)
+        for (uint32_t d = 0; d < dim; d++)
+            block[at * dim + d] = block[(dim + d) * CUDA_KV_BLOCK + at] = 0xffff;
+}
+
+/*
+ * Whether attention that does what cuda_rope does, split and not, makes the same y, and cache, of steps of a row of each
+ * sequence and of copies of these, whose own positions the cache did not have. y: of all rows.
+ */
+static bool rope_within_is_same(struct random *random, const struct problem *p, const struct cuda_attention *attention,
+                                const struct cuda_rope *rope, const float *y) {
+    enum { ROWS = 80 };
+    const uint32_t dim = p->heads.head_dim, all = p->heads.heads + 2 * p->heads.kv_heads;
+    const size_t y_row = sizeof *y * p->heads.heads * dim, qkv_row = sizeof(float) * all * dim,
+                 cache_bytes = cuda_kv_block_bytes(&p->heads) * SEQUENCES * BLOCKS;
+    unsigned char *want = malloc(cache_bytes), *got = malloc(cache_bytes);
+    float *got_y = malloc(ROWS * y_row), *qkv = malloc(ROWS * qkv_row);
+    bool same = true;
+    cuda_test_fetch(want, attention->cache, cache_bytes);
+    for (int turn = 0; turn < 6; turn++) {
+        const uint32_t rows = SEQUENCES + turn % 3 * ((ROWS - SEQUENCES) / 2);
+        const bool split = turn < 3;
+        uint32_t from[ROWS], position[ROWS], table[ROWS];
+        memcpy(got, want, cache_bytes);
+        for (uint32_t i = 0, first = 0; i < rows; i++) {
+            from[i] = i < SEQUENCES ? first + random_below(random, p->lengths[i]) : from[random_below(random, SEQUENCES)];
+            first += i < SEQUENCES ? p->lengths[i] : 0;
+            position[i] = p->position[from[i]];
+            table[i] = p->table[from[i]];
+            memcpy(qkv + i * all * dim, p->qkv + (size_t)from[i] * all * dim, qkv_row);
+            spoil(&p->heads,
+                  (uint16_t *)(got + cuda_kv_block_bytes(&p->heads) * p->tables[table[i] + position[i] / CUDA_KV_BLOCK]),
+                  position[i]);
+        }
+        struct cuda_attention a = *attention;
+        struct cuda_rope of_rows = *rope;
+        of_rows.qkv = cuda_test_buffer(qkv, rows * qkv_row);
+        a.rows.position = cuda_test_buffer(position, sizeof position);
+        a.rows.table = cuda_test_buffer(table, sizeof table);
+        a.rows.rows = a.tile_count = rows;
+        a.cache = cuda_test_buffer(got, cache_bytes);
+        float *partial = cuda_test_buffer(NULL, sizeof(float) * cuda_attention_partial_floats(&p->heads, rows, p->longest));
+        a.partial = split ? partial : NULL;
+        a.y = cuda_test_buffer(NULL, rows * y_row);
+        a.q = a.tiles = a.tile_rows = NULL;
+        a.rope = &of_rows;
+        CUDA_CHECK(cuda_attention(&a, 0));
+        cuda_test_fetch(got_y, a.y, rows * y_row);
+        cuda_test_fetch(got, a.cache, cache_bytes);
+        same = same && memcmp(want, got, cache_bytes) == 0;
+        for (uint32_t i = 0; i < rows; i++)
+            same = same && memcmp(got_y + i * y_row / sizeof *y, y + from[i] * y_row / sizeof *y, y_row) == 0;
+        void *device[] = {(void *)of_rows.qkv, (void *)a.rows.position, (void *)a.rows.table, a.cache, partial, a.y};
+        for (size_t i = 0; i < sizeof device / sizeof *device; i++)
+            cudaFree(device[i]);
+    }
+    free(want);
+    free(got);
+    free(got_y);
+    free(qkv);
+    return same;
+}
+
 int main(void) {
     struct random random;
     cuda_test_begin(&random);
@@ -222,18 +289,21 @@ int main(void) {
         const uint32_t dim = p.heads.head_dim, all = p.heads.heads + 2 * p.heads.kv_heads;
         const size_t y_bytes = sizeof(float) * p.rows * p.heads.heads * dim;
         const size_t cache_bytes = cuda_kv_block_bytes(&p.heads) * SEQUENCES * BLOCKS;
-        float *qkv = cuda_test_buffer(p.qkv, sizeof(float) * p.rows * all * dim);
-        float *q_norm = cuda_test_buffer(p.q_norm, sizeof(float) * dim),
-              *k_norm = cuda_test_buffer(p.k_norm, sizeof(float) * dim);
-        float *cos_sin = cuda_test_buffer(p.cos_sin, sizeof(float) * p.longest * dim);
+        const struct cuda_rope rope_of = {
+            .qkv = cuda_test_buffer(p.qkv, sizeof(float) * p.rows * all * dim),
+            .q_norm = cuda_test_buffer(p.q_norm, sizeof(float) * dim),
+            .k_norm = cuda_test_buffer(p.k_norm, sizeof(float) * dim),
+            .cos_sin = cuda_test_buffer(p.cos_sin, sizeof(float) * p.longest * dim),
+            .epsilon = 1e-6f,
+        };
         void *q = cuda_test_buffer(NULL, 2 * (size_t)p.rows * p.heads.heads * dim),
              *cache = cuda_test_buffer(NULL, cache_bytes);
         struct cuda_attention a = {.heads = p.heads, .q = q, .cache = cache, .context_limit = p.longest};
         a.rows = (struct cuda_rows){cuda_test_buffer(p.position, sizeof(uint32_t) * p.rows),
                                     cuda_test_buffer(p.table, sizeof(uint32_t) * p.rows),
                                     cuda_test_buffer(p.tables, sizeof p.tables), p.rows};
-        CUDA_CHECK(cuda_rope(&p.heads, &a.rows, qkv, q_norm, k_norm, 1e-6f, cos_sin, q, cache, 0));
-        const bool rope = rope_alone_is_same(&p, &a.rows, qkv, q_norm, k_norm, cos_sin, q, cache);
+        CUDA_CHECK(cuda_rope(&p.heads, &a.rows, &rope_of, q, cache, 0));
+        const bool rope = rope_alone_is_same(&p, &a.rows, &rope_of, q, cache);
 
         a.tiles = cuda_test_buffer(NULL, sizeof(uint32_t) * p.rows);
         a.tile_rows = cuda_test_buffer(NULL, sizeof(uint32_t) * p.rows);
@@ -251,20 +321,23 @@ int main(void) {
             if (way == WHOLE && p.heads.heads * dim <= COLUMNS_MAX)
                 rounded = rounds_alike(&a, partial, y[WHOLE]);
         }
+        const bool takes_rope = cuda_attention_takes_rope(&p.heads),
+                   within = !takes_rope || rope_within_is_same(&random, &p, &a, &rope_of, y[WHOLE]);
         const double error = compare(&random, &p, y[WHOLE]);
         const bool split = memcmp(y[WHOLE], y[SPLIT], y_bytes) == 0, mixed = memcmp(y[WHOLE], y[MIXED], y_bytes) == 0,
                    alone = memcmp(y[WHOLE], y[ROWS_WHOLE], y_bytes) == 0 &&
                            memcmp(y[WHOLE], y[ROWS_SPLIT], y_bytes) == 0;
-        tap_ok(error < 2e-3 && split && alone && mixed && rounded && rope,
+        tap_ok(error < 2e-3 && split && alone && mixed && rounded && rope && within,
                "%u heads of %u, %u kv heads, lengths %u %u %u: relative error %.1e, split %s, alone %s, mixed %s, rounded "
-               "%s, rope alone %s",
+               "%s, rope alone %s, within attention %s",
                p.heads.heads, dim, p.heads.kv_heads, p.lengths[0], p.lengths[1], p.lengths[2], error,
                split ? "the same" : "DIFFERENT", alone ? "the same" : "DIFFERENT", mixed ? "the same" : "DIFFERENT",
-               rounded ? "the same" : "DIFFERENT", rope ? "the same" : "DIFFERENT");
-        void *device[] = {qkv,
-                          q_norm,
-                          k_norm,
-                          cos_sin,
+               rounded ? "the same" : "DIFFERENT", rope ? "the same" : "DIFFERENT",
+               !takes_rope ? "not done" : within ? "the same" : "DIFFERENT");
+        void *device[] = {(void *)rope_of.qkv,
+                          (void *)rope_of.q_norm,
+                          (void *)rope_of.k_norm,
+                          (void *)rope_of.cos_sin,
                           q,
                           cache,
                           partial,

@@ -1,0 +1,99 @@
+#ifndef MOED_KERNELS_CUDA_ATTENTION_ROPE_CUH
+#define MOED_KERNELS_CUDA_ATTENTION_ROPE_CUH
+
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/rope.cuh"
+
+/* What attention does in the place of cuda_rope, with its bits, where a tile is one row. */
+
+/* The query heads of a KV head, at most 8; lane 8 t + i of norm_and_rotate is class i of lane 4 g + t here. */
+template <int DIM>
+static __device__ __forceinline__ void rotate_queries(const attention_parameters &p, uint32_t row, uint32_t kv_head,
+                                                      uint32_t position, int lane, attention_rows<DIM> &rows) {
+    constexpr int PARTS = DIM / 32;
+    const int g = lane / 4, t = lane & 3;
+    const bool there = g < (int)p.group;
+    const uint32_t head = kv_head * p.group + (there ? g : 0);
+    const float *in = p.rope.qkv + ((uint64_t)row * (p.heads + 2 * p.kv_heads) + head) * DIM + 8 * t;
+    const float *turns = p.rope.cos_sin + (uint64_t)position * DIM + 16 * t, *norm = p.rope.q_norm + 8 * t;
+    float x[PARTS][8], weight[PARTS][8], turn[PARTS / 2][16], sums[8] = {};
+#pragma unroll
+    for (int d = 0; d < PARTS; d++)
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+            *(float4 *)(x[d] + i) = *(const float4 *)(in + 32 * d + i);
+            *(float4 *)(weight[d] + i) = *(const float4 *)(norm + 32 * d + i);
+            *(float4 *)(turn[d / 2] + 8 * (d % 2) + i) = *(const float4 *)(turns + 64 * (d / 2) + 8 * (d % 2) + i);
+        }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+#pragma unroll
+        for (int d = 0; d < PARTS; d++)
+            sums[i] = fmaf(x[d][i], x[d][i], sums[i]);
+        sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], 2);
+        sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], 1);
+    }
+#pragma unroll
+    for (int half = 4; half; half /= 2)
+#pragma unroll
+        for (int i = 0; i < half; i++)
+            sums[i] += sums[i + half];
+    const float factor = 1.0f / sqrtf(sums[0] / (float)DIM + p.rope.epsilon);
+#pragma unroll
+    for (int d = 0; d < PARTS; d++)
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            x[d][i] = x[d][i] * factor * weight[d][i];
+#pragma unroll
+    for (int d = 0; d < PARTS / 2; d++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float a = x[d][i], b = x[d + PARTS / 2][i], cosine = turn[d][2 * i], sine = turn[d][2 * i + 1];
+            x[d][i] = fmaf(a, cosine, -(b * sine));
+            x[d + PARTS / 2][i] = fmaf(a, sine, b * cosine);
+        }
+#pragma unroll
+    for (int d = 0; d < PARTS; d++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t pair = pack_halves(x[d][2 * i] * p.q_scale, x[d][2 * i + 1] * p.q_scale);
+            rows.q[d][2 * i] = there ? pair : 0;
+            rows.q[d][2 * i + 1] = 0;
+        }
+    rows.limit[0] = there ? (int)position : -1;
+    rows.limit[1] = -1;
+    rows.last = (int)position;
+}
+
+/* A row's own key and value of a KV head: of dimension lane + 32 i. */
+template <int DIM> struct attention_own {
+    float key[DIM / 32], value[DIM / 32];
+
+    __device__ __forceinline__ void load(const attention_parameters &p, uint32_t row, uint32_t kv_head, int lane) {
+        const float *in =
+            p.rope.qkv + ((uint64_t)row * (p.heads + 2 * p.kv_heads) + p.heads + kv_head) * DIM + lane;
+#pragma unroll
+        for (int i = 0; i < DIM / 32; i++) {
+            key[i] = in[32 * i];
+            value[i] = in[p.kv_heads * DIM + 32 * i];
+        }
+    }
+    /* Into the position's block in the cache, and into the copy of it that was made before. */
+    __device__ __forceinline__ void store(const attention_parameters &p, uint32_t position, half *cached, half *copy,
+                                          int lane) const {
+        float rotated[DIM / 32];
+#pragma unroll
+        for (int i = 0; i < DIM / 32; i++)
+            rotated[i] = key[i];
+        norm_and_rotate<DIM>(rotated, p.rope.k_norm, p.rope.cos_sin + (uint64_t)position * DIM, p.rope.epsilon, lane);
+        const uint32_t at = position % CUDA_KV_BLOCK;
+#pragma unroll
+        for (int i = 0; i < DIM / 32; i++) {
+            const uint32_t d = lane + 32 * i, key_at = at * DIM + d, value_at = (DIM + d) * CUDA_KV_BLOCK + at;
+            cached[key_at] = copy[key_at] = __float2half_rn(rotated[i]);
+            cached[value_at] = copy[value_at] = __float2half_rn(value[i]);
+        }
+    }
+};
+
+#endif
