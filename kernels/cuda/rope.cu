@@ -52,9 +52,6 @@ template <int DIM, int ROWS> __global__ void __launch_bounds__(WARPS * 32) rope_
             asm volatile("prefetch.global.L1 [%0];" ::"l"(cos_sin[j] + 32 * lane));
     }
     const bool is_query = head < p.heads, is_key = !is_query && head < p.heads + p.kv_heads;
-    const float *norm = is_query ? p.q_norm : p.k_norm;
-    if (32 * lane < DIM)
-        asm volatile("prefetch.global.L1 [%0];" ::"l"(norm + 32 * lane));
     const uint32_t kv_head = head - p.heads - (is_key ? 0 : p.kv_heads);
     uint32_t block[ROWS] = {};
     if (!is_query)
@@ -70,7 +67,7 @@ template <int DIM, int ROWS> __global__ void __launch_bounds__(WARPS * 32) rope_
         for (int i = 0; i < DIM / 32; i++)
             x[j][i] = p.qkv[((uint64_t)row(j) * all + head) * DIM + lane + 32 * i];
     if (is_query || is_key)
-        norm_and_rotate<DIM>(x, norm, cos_sin, p.epsilon, lane);
+        norm_and_rotate<DIM>(x, is_query ? p.q_norm : p.k_norm, cos_sin, p.epsilon, lane);
     const auto out = [&](int j) {
         if (is_query)
             return p.q + ((uint64_t)row(j) * p.heads + head) * DIM;
