@@ -190,6 +190,8 @@ static int fake_step(struct executor *executor, const struct batch *batch, struc
     uint32_t step_us = atomic_load(&fake_executor.step_us);
     if (step_us > 0)
         nanosleep(&(struct timespec){step_us / 1000000, step_us % 1000000 * 1000L}, NULL);
+    if (atomic_load(&fake_executor.lost))
+        return status_set(status, STATUS_UNAVAILABLE, "the device was told to be lost");
     if (atomic_load(&fake_executor.fail_steps) > 0) {
         atomic_fetch_sub(&fake_executor.fail_steps, 1);
         return status_set(status, STATUS_INTERNAL, "the device was told to fail");

@@ -20,6 +20,7 @@ struct fake_executor_control {
     bool unchecked;             /* do not look into the KV cache: constant time a row */
     _Atomic uint32_t step_us;   /* how long a step takes */
     _Atomic uint32_t fail_steps; /* so many steps fail */
+    _Atomic bool lost;           /* all steps do, for the device is */
     _Atomic uint64_t steps, rows; /* counted */
 };
 extern struct fake_executor_control fake_executor;

@@ -45,6 +45,7 @@ struct engine {
     struct report *step_reports; /* [max_sequences]: StepOutputs of the step in hand, one a peer */
     uint32_t step_report_count;
     struct request **failed; /* [max_sequences] */
+    struct status lost;      /* STATUS_OK as long as there is a device; read by the link once it is reported */
 
     /* Written by the engine thread, read by others. */
     struct engine_metrics metrics;
@@ -333,6 +334,8 @@ static void run_step(struct engine *engine, const struct plan *plan) {
     engine_metrics_step(&engine->metrics, &plan->batch, &result, clock_now_ns() - now_ns);
     if (failed == 0)
         take_results(engine, plan, &result);
+    else if (status.code == STATUS_UNAVAILABLE)
+        engine->lost = status;
     else
         fail_step(engine, plan, &status);
     publish(engine, true, true);
@@ -347,8 +350,10 @@ static void *engine_run(void *argument) {
             ;
         if (engine->stopping)
             break;
-        if (scheduler_plan(engine->scheduler, &plan)) {
+        if (engine->lost.code == STATUS_OK && scheduler_plan(engine->scheduler, &plan)) {
             run_step(engine, &plan);
+            if (engine->lost.code != STATUS_OK) /* what comes until the link has stopped is taken, and dropped */
+                report_send(engine, &(struct report){.lost = &engine->lost});
             continue;
         }
         publish(engine, false, false);

@@ -24,6 +24,7 @@ struct report {
     Moed__Worker__V1__ToGateway *message; /* the receiver's, to be freed with protobuf_c_message_free_unpacked */
     struct forward *forward;              /* an answer to pack into `message`, then to be destroyed; or NULL */
     bool drained; /* no message: engine_drain was called and all work has ended */
+    const struct status *lost; /* no message: the device is, and no work goes on; the engine's */
 };
 
 /* What heartbeats tell. */

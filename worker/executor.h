@@ -98,8 +98,8 @@ struct executor_ops {
     void (*close)(struct executor *executor);
     /*
      * Runs one step. The batch is the caller's and trusted to keep the limits above (they are asserted in tests);
-     * a step that fails (device lost, no memory, logits that are not finite) leaves the executor unusable for the
-     * sequences of the batch: the engine ends them.
+     * a step that fails (no memory, logits that are not finite) leaves the executor unusable for the sequences of the
+     * batch: the engine ends them. With STATUS_UNAVAILABLE the device is lost, and no other step of this process can succeed.
      */
     int (*step)(struct executor *executor, const struct batch *batch, struct batch_result *result, struct status *status);
 };

@@ -211,6 +211,15 @@ static void sample_outputs(void *context, uint32_t first, uint32_t end, uint32_t
     }
 }
 
+/* An error that stays is the end of what the process has on the device. */
+static int fail_step(struct executor_cuda *cuda, cudaError_t error, struct status *status) {
+    cudaGetLastError();
+    if (cudaStreamSynchronize(cuda->stream) == cudaSuccess)
+        return cuda_failed(status, error, "step");
+    return status_set(status, STATUS_UNAVAILABLE, "CUDA: device %s is lost: %s", cuda->base.info.device,
+                      cudaGetErrorString(error));
+}
+
 int cuda_step(struct executor *executor, const struct batch *batch, struct batch_result *result,
               struct status *status) {
     struct executor_cuda *cuda = (struct executor_cuda *)executor;
@@ -223,7 +232,7 @@ int cuda_step(struct executor *executor, const struct batch *batch, struct batch
     if (batch->profile)
         error = error ? error : cuda_profile_read(cuda, &timings, &timing_count);
     if (error != cudaSuccess)
-        return cuda_failed(status, error, "step");
+        return fail_step(cuda, error, status);
     for (uint32_t i = 0; i < batch->output_count; i++) {
         if (cuda->host_greatest[i] == UINT32_MAX)
             return status_set(status, STATUS_INTERNAL, "logits are not finite");

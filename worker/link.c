@@ -297,16 +297,20 @@ static void send_report(struct link *link, struct report *report) {
     peer_send(link, peer, report->message);
 }
 
-/* True: the engine has drained. */
-static bool forward_reports(struct link *link) {
+/* Whether the engine has ended: it has drained, or lost its device (-1). */
+static int forward_reports(struct link *link, struct status *status) {
     struct report report;
-    bool drained = false;
-    for (int i = 0; i < MESSAGES_A_TURN && !drained && engine_receive(link->worker->engine, &report); i++) {
-        drained = report.drained;
+    for (int i = 0; i < MESSAGES_A_TURN && engine_receive(link->worker->engine, &report); i++) {
+        if (report.drained)
+            return 1;
+        if (report.lost) {
+            *status = *report.lost;
+            return -1;
+        }
         send_report(link, &report);
         report_clear(&report);
     }
-    return drained;
+    return 0;
 }
 
 /* ---- the loop */
@@ -384,9 +388,10 @@ int link_run(struct link *link, const struct link_worker *worker, int stop_fd, s
         items[stop_item] = (zmq_pollitem_t){.fd = stop_fd, .events = ZMQ_POLLIN};
         if (zmq_poll(items, (int)stop_item + 1, poll_timeout_ms(link, clock_now_ns())) < 0 && zmq_errno() != EINTR)
             return status_set(status, STATUS_INTERNAL, "poll: %s", zmq_strerror(zmq_errno()));
-        if (forward_reports(link)) {
-            say_goodbye(link, "drained");
-            return 0;
+        int ended = forward_reports(link, status);
+        if (ended != 0) {
+            say_goodbye(link, ended > 0 ? "drained" : "its device is lost");
+            return ended > 0 ? 0 : -1;
         }
         for (size_t i = 0; i < link->peer_count; i++)
             if (items[i].revents && receive_from(link, &link->peers[i], status) != 0)

@@ -228,6 +228,7 @@ static int setup(void **state) {
     struct fixture *fixture = calloc(1, sizeof(*fixture));
     fake_executor.step_us = 0;
     fake_executor.fail_steps = 0;
+    fake_executor.lost = false;
     const char *base = getenv("TMPDIR");
     snprintf(fixture->directory, sizeof(fixture->directory), "%s/moed-link-XXXXXX", base ? base : "/tmp");
     assert_non_null(mkdtemp(fixture->directory));
@@ -251,7 +252,7 @@ static void stop_worker(struct fixture *fixture, size_t bytes) {
 static void join_worker(struct fixture *fixture) {
     pthread_join(fixture->thread, NULL);
     fixture->running = false;
-    assert_int_equal(fixture->result, 0);
+    assert_int_equal(fixture->result, fake_executor.lost ? -1 : 0);
 }
 
 static int teardown(void **state) {
@@ -698,6 +699,31 @@ static void test_second_stop(void **state) {
     }
 }
 
+/* Without its device a worker is of no use: it says so, and its process ends, for a supervisor to start it again. */
+static void test_lost_device(void **state) {
+    struct fixture *fixture = *state;
+    uint32_t tokens[2] = {1, 2};
+    accept_hello(fixture);
+    fake_executor.step_us = 20000;
+    generate(fixture, 1, tokens, 2, 200, 0);
+    let_go(expect(fixture, STEP_OUTPUT));
+    generate(fixture, 2, tokens, 2, 200, 1);
+    fake_executor.lost = true;
+    for (bool left = false; !left;) { /* no request is told that it failed: others may go on with it */
+        ToGateway *message = receive(fixture, PATIENCE_MS);
+        assert_non_null(message);
+        left = message->body_case == GOODBYE;
+        if (left)
+            assert_string_equal(message->goodbye->reason, "its device is lost");
+        else
+            assert_int_equal(message->body_case, STEP_OUTPUT);
+        let_go(message);
+    }
+    join_worker(fixture);
+    assert_int_equal(fixture->status.code, STATUS_UNAVAILABLE);
+    assert_string_equal(fixture->status.message, "the device was told to be lost");
+}
+
 #define WORKER_TEST(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
 
 int main(void) {
@@ -722,6 +748,7 @@ int main(void) {
         WORKER_TEST(test_beats_during_a_long_step),
         WORKER_TEST(test_drain),
         WORKER_TEST(test_second_stop),
+        WORKER_TEST(test_lost_device),
     };
     return cmocka_run_group_tests_name("link", tests, NULL, NULL);
 }
