@@ -9,8 +9,7 @@
 
 namespace {
 
-constexpr int JOIN_THREADS = 256, JOIN_WARPS = JOIN_THREADS / 32, JOIN_PARTS = 8;
-constexpr uint32_t ROUNDED_MAX = 8192; /* dimensions of a row that join_kernel rounds */
+constexpr uint32_t ROUNDED_MAX = 8192; /* dimensions of a row that are rounded at a time */
 constexpr uint32_t SPLIT_RING_BYTES = 192 << 10;
 
 template <int DIM> struct split_shape {
@@ -238,81 +237,6 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
     }
 }
 
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-#endif
-}
-
-/* The greatest of `value` in all blocks of the cluster, which have arrived once; `shared` has a float for each. */
-__device__ __forceinline__ float cluster_greatest(float value, float *shared) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-    if (threadIdx.x < gridDim.x) {
-        uint32_t to;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                     : "=r"(to)
-                     : "r"(shared_address(shared + blockIdx.x)), "r"(threadIdx.x));
-        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
-    }
-    cluster_arrive();
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-    for (uint32_t i = 0; i < gridDim.x; i++)
-        value = greater(value, shared[i]);
-#endif
-    return value;
-}
-
-template <int DIM> struct join_shape {
-    static constexpr int own = DIM % 64 ? 1 : 2;       /* dimensions of a lane */
-    static constexpr uint32_t units = DIM / (32 * own); /* of a head, a warp each */
-};
-
-/*
- * Joins the pieces of row blockIdx.y, a warp a unit, and rounds the row. Its blocks are a cluster, or one; each takes
- * block_units of the row's units.
- */
-template <int DIM>
-__global__ void __launch_bounds__(JOIN_THREADS) join_kernel(const attention_parameters p, uint32_t block_units) {
-    constexpr int OWN = join_shape<DIM>::own, UNIT = 32 * OWN;
-    constexpr uint32_t HEAD_UNITS = join_shape<DIM>::units;
-    extern __shared__ __align__(16) float values[]; /* the block's part of the row */
-    __shared__ float maxima[JOIN_WARPS], parts[JOIN_PARTS];
-    const uint32_t row = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = p.heads * HEAD_UNITS;
-    const uint32_t first = min(blockIdx.x * block_units, units), end = min(first + block_units, units);
-    const uint32_t pieces = p.position[row] / CUDA_KV_PIECE + 1;
-    float greatest = 0;
-    cluster_arrive();
-    launch_dependents();
-    wait_for_predecessor();
-    for (uint32_t unit = first + warp; unit < end; unit += JOIN_WARPS) {
-        const uint64_t at = ((uint64_t)row * p.heads + unit / HEAD_UNITS) * p.pieces;
-        float *to = p.out.half ? values + (unit - first) * UNIT : p.y + ((uint64_t)row * units + unit) * UNIT;
-        float y[OWN];
-        attention_join<DIM, OWN>(p.partial + at * DIM + unit % HEAD_UNITS * UNIT, p.stats + at, pieces, (int)lane, y);
-#pragma unroll
-        for (int d = 0; d < OWN; d++) {
-            to[lane + 32 * d] = y[d];
-            greatest = greater(greatest, fabsf(y[d]));
-        }
-    }
-    float shrink;
-    const float scale = rounding_scale(cluster_greatest(block_reduce(greatest, greater, maxima), parts), shrink);
-    if (!p.out.half)
-        return;
-    const uint32_t padded = padded_columns(units * UNIT), columns = (end - first) * UNIT;
-    const uint32_t own = blockIdx.x + 1 == gridDim.x ? padded - first * UNIT : columns; /* the last one pads */
-    uint2 *to = (uint2 *)((half *)p.out.half + (uint64_t)row * padded + first * UNIT);
-    for (uint32_t i = threadIdx.x; i - lane < own / 4; i += JOIN_THREADS) { /* whole warps: interleaved() */
-        const uint2 four = i < columns / 4 ? rounded(((const float4 *)values)[i], shrink) : make_uint2(0, 0);
-        const uint2 stored = p.out.interleaved ? interleaved(four) : four;
-        if (i < own / 4)
-            to[i] = stored;
-    }
-    if (blockIdx.x == 0 && threadIdx.x == 0)
-        p.out.scale[row] = scale;
-}
-
 /* hopper: the kernels were compiled for it. Units go to as many multiprocessors as there are, and few have few warps. */
 template <int DIM, bool ROPE>
 cudaError_t launch_split(const attention_parameters &p, bool hopper, cudaStream_t stream) {
@@ -324,12 +248,7 @@ cudaError_t launch_split(const attention_parameters &p, bool hopper, cudaStream_
     cudaError_t error =
         cudaFuncSetAttribute(split_kernel<DIM, ROPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     error = error ? error : launch(split_kernel<DIM, ROPE>, dim3(blocks), dim3(warps * 32), shared, stream, p);
-    const uint32_t parts = !hopper ? 1 : p.rows < 48 ? JOIN_PARTS : JOIN_PARTS / 2; /* some 200 blocks are enough */
-    const uint32_t block_units = (p.heads * join_shape<DIM>::units + parts - 1) / parts;
-    const size_t values = p.out.half ? block_units * 32 * join_shape<DIM>::own * sizeof(float) : 0;
-    return error ? error
-                 : launch_clusters(parts, join_kernel<DIM>, dim3(parts, p.rows), dim3(JOIN_THREADS), values, stream, p,
-                                   block_units);
+    return error ? error : attention_join(p, DIM, stream);
 }
 
 template <int DIM>

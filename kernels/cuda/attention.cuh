@@ -35,6 +35,8 @@ struct attention_parameters {
 /* All pieces of rows of tiles, eight tiles a block, by Hopper's matrix unit, where device, build and dimension allow it. */
 bool attention_many_runs(uint32_t head_dim);
 cudaError_t attention_many(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
+/* Joins p.partial and p.stats of all rows, and rounds these where p.out wants it. */
+cudaError_t attention_join(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
 
 /* Rows g and g + 8 of a warp's 16: max and sum of the weights so far, and the values weighted by them. */
 template <int DIM> struct attention_state {
@@ -233,53 +235,6 @@ static __device__ __forceinline__ void attend_block(const attention_rows<DIM> &r
         mma(s.out[n], weights, v.x & masks[0], v.y & masks[1]);
         mma(s.out[n], weights + 4, v.z & masks[2], v.w & masks[3]);
     }
-}
-
-/*
- * One warp joins the pieces of a head, [piece][DIM] and {max, sum} of each, for OWN dimensions a lane: out[i] is dimension
- * lane + 32 i from `partial` on. Lane l makes the factors of a round's piece l: the maxima before and after it are the
- * greatest of the pieces until then.
- */
-template <int DIM, int OWN>
-static __device__ __forceinline__ void attention_join(const float *partial, const float2 *stats, uint32_t pieces,
-                                                      int lane, float *out) {
-    constexpr int AT_ONCE = 32 / OWN;
-    float max = -INFINITY, sum = 0;
-#pragma unroll
-    for (int d = 0; d < OWN; d++)
-        out[d] = 0;
-    for (uint32_t done = 0; done < pieces; done += AT_ONCE) {
-        const int count = (int)min(pieces - done, (uint32_t)AT_ONCE);
-        const float2 own = lane < count ? stats[done + lane] : make_float2(-INFINITY, 0.0f);
-        float part[AT_ONCE][OWN];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-#pragma unroll
-            for (int d = 0; d < OWN; d++)
-                part[i][d] = i < count ? partial[(uint64_t)(done + i) * DIM + lane + 32 * d] : 0.0f;
-        float after = next_maximum(max, own.x);
-#pragma unroll
-        for (int offset = 1; offset < AT_ONCE; offset *= 2) {
-            const float other = __shfl_up_sync(0xffffffffu, after, offset);
-            if (lane >= offset)
-                after = next_maximum(other, after);
-        }
-        const float shifted = __shfl_up_sync(0xffffffffu, after, 1), before = lane ? shifted : max;
-        const float keep = rescale(before, after), add = rescale(own.x, after);
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            if (i < count) {
-                const float k = __shfl_sync(0xffffffffu, keep, i), a = __shfl_sync(0xffffffffu, add, i);
-                sum = join(sum, k, __shfl_sync(0xffffffffu, own.y, i), a);
-#pragma unroll
-                for (int d = 0; d < OWN; d++)
-                    out[d] = join(out[d], k, part[i][d], a);
-            }
-        max = __shfl_sync(0xffffffffu, after, count - 1);
-    }
-#pragma unroll
-    for (int d = 0; d < OWN; d++)
-        out[d] = quotient(out[d], sum);
 }
 
 #endif
