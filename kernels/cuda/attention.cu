@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
                 if constexpr (ROPE)
                     if (b == last / CUDA_KV_BLOCK) {
                         own.store(p, last, block_keys<DIM>(p, table[b], kv_head), (half *)keys, lane);
-                        stream_see_stores();
+                        shared_seen_async();
                         __syncwarp();
                     }
 #else
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
             if constexpr (ROPE)
                 if (b == now.last / CUDA_KV_BLOCK) {
                     own.store(p, now.last, block_keys<DIM>(p, now.table[b], now.kv_head), (half *)keys, lane);
-                    stream_see_stores();
+                    shared_seen_async();
                     __syncwarp();
                 }
 #else
@@ -237,14 +237,15 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
     }
 }
 
-/* hopper: the kernels were compiled for it. Units go to as many multiprocessors as there are, and few have few warps. */
+/* Units go to as many multiprocessors as there are, and few have few warps. */
 template <int DIM, bool ROPE>
-cudaError_t launch_split(const attention_parameters &p, bool hopper, cudaStream_t stream) {
+cudaError_t launch_split(const attention_parameters &p, cudaStream_t stream) {
+    const bool rings = launch_has_copies(split_kernel<DIM, ROPE>);
     constexpr uint32_t most = split_shape<DIM>::warps;
     const uint32_t units = p.tile_count * p.kv_heads * p.pieces;
-    const uint32_t blocks = hopper ? std::min(units, launch_processors()) : (units + most - 1) / most;
+    const uint32_t blocks = rings ? std::min(units, launch_processors()) : (units + most - 1) / most;
     const uint32_t warps = std::min((units + blocks - 1) / blocks, most);
-    const size_t shared = hopper ? warps * sizeof(split_memory<DIM>) : 0;
+    const size_t shared = rings ? warps * sizeof(split_memory<DIM>) : 0;
     cudaError_t error =
         cudaFuncSetAttribute(split_kernel<DIM, ROPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     error = error ? error : launch(split_kernel<DIM, ROPE>, dim3(blocks), dim3(warps * 32), shared, stream, p);
@@ -252,12 +253,13 @@ cudaError_t launch_split(const attention_parameters &p, bool hopper, cudaStream_
 }
 
 template <int DIM>
-cudaError_t launch_whole(const attention_parameters &p, bool hopper, cudaStream_t stream) {
+cudaError_t launch_whole(const attention_parameters &p, cudaStream_t stream) {
+    const bool rings = launch_has_copies(whole_kernel<DIM, 1, false>);
     constexpr uint32_t warps = split_shape<DIM>::warps;
     const uint32_t blocks = (p.tile_count * p.kv_heads + warps - 1) / warps;
-    const size_t shared = hopper ? warps * sizeof(split_memory<DIM>) : 0;
+    const size_t shared = rings ? warps * sizeof(split_memory<DIM>) : 0;
     /* Few units are spread over all processors. */
-    const dim3 grid(hopper ? std::min(p.tile_count * p.kv_heads, launch_processors()) : blocks);
+    const dim3 grid(rings ? std::min(p.tile_count * p.kv_heads, launch_processors()) : blocks);
     auto kernel = p.tile_count == p.rows && p.group <= 8 ? whole_kernel<DIM, 1, false> : whole_kernel<DIM, 2, false>;
     if constexpr (DIM == 64 || DIM == 128)
         kernel = p.rope.qkv ? whole_kernel<DIM, 1, true> : kernel;
@@ -269,18 +271,13 @@ template <int DIM> cudaError_t launch_dim(const attention_parameters &p, cudaStr
     const uint32_t columns = p.heads * DIM;
     if (p.out.half && columns > ROUNDED_MAX)
         return cudaErrorInvalidValue;
-    cudaFuncAttributes attributes = {};
-    cudaError_t error = cudaFuncGetAttributes(&attributes, split_kernel<DIM, false>);
-    const bool hopper = attributes.ptxVersion >= 90;
-    if (error != cudaSuccess)
-        return error;
     if constexpr (DIM == 64 || DIM == 128)
         if (p.rope.qkv && p.partial)
-            return launch_split<DIM, true>(p, hopper, stream);
+            return launch_split<DIM, true>(p, stream);
     if (p.partial)
-        return launch_split<DIM, false>(p, hopper, stream);
-    error = attention_many_runs(DIM) && p.tile_count < p.rows ? attention_many(p, DIM, stream)
-                                                              : launch_whole<DIM>(p, hopper, stream);
+        return launch_split<DIM, false>(p, stream);
+    const cudaError_t error = attention_many_runs(DIM) && p.tile_count < p.rows ? attention_many(p, DIM, stream)
+                                                                                      : launch_whole<DIM>(p, stream);
     return error || !p.out.half ? error : cuda_round(p.y, columns, p.rows, &p.out, stream);
 }
 

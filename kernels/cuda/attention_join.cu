@@ -131,12 +131,7 @@ __global__ void __launch_bounds__(JOIN_THREADS) join_kernel(const attention_para
 }
 
 template <int DIM> cudaError_t launch_join(const attention_parameters &p, cudaStream_t stream) {
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, join_kernel<DIM>);
-    if (error != cudaSuccess)
-        return error;
-    const bool hopper = attributes.ptxVersion >= 90;
-    const uint32_t parts = !hopper ? 1 : p.rows < 48 ? JOIN_PARTS : JOIN_PARTS / 2; /* some 200 blocks are enough */
+    const uint32_t parts = !launch_has_copies(join_kernel<DIM>) ? 1 : p.rows < 48 ? JOIN_PARTS : JOIN_PARTS / 2; /* some 200 blocks are enough */
     const uint32_t block_units = (p.heads * join_shape<DIM>::units + parts - 1) / parts;
     const size_t values = p.out.half ? block_units * 32 * join_shape<DIM>::own * sizeof(float) : 0;
     return launch_clusters(parts, join_kernel<DIM>, dim3(parts, p.rows), dim3(JOIN_THREADS), values, stream, p,

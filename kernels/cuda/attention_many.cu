@@ -226,7 +226,7 @@ __device__ __forceinline__ void attend_run(const attention_parameters &p, shared
         state.clear();
         const auto next_scores = [&] {
             barrier_wait(&shared.full[place.at], place.parity);
-            barrier_see_copies();
+            shared_seen_async();
             begin_scores(rows, shared.stages[place.at], state.scores);
         };
         next_scores();

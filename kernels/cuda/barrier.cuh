@@ -95,10 +95,10 @@ static __device__ __forceinline__ void copy_sixteen(shared_place to, const void 
 }
 
 /*
- * Behind a barrier that cp.async arrived at: wgmma sees what those wrote. Those who copy had better not say so: they
- * would wait for all their copies.
+ * What ordinary stores and cp.async have written until now is seen by wgmma and the copy engine, whose accesses come after.
+ * Who waited at a barrier says so; those who copy by cp.async had better not: they would wait for all their copies.
  */
-static __device__ __forceinline__ void barrier_see_copies() {
+static __device__ __forceinline__ void shared_seen_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 

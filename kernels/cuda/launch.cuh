@@ -36,6 +36,12 @@ template <class KERNEL> static bool launch_is_hopper(KERNEL *kernel) {
            attributes.ptxVersion == 90;
 }
 
+/* Whether the kernel is compiled for Hopper or a newer GPU: with copy engine and clusters. */
+template <class KERNEL> static bool launch_has_copies(KERNEL *kernel) {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
 /* Launches a kernel that may begin while its predecessor ends, with blocks along x in clusters of `cluster`, or in none: 1. */
 template <class... PARAMETERS, class... ARGUMENTS>
 static cudaError_t launch_clusters(uint32_t cluster, void (*kernel)(PARAMETERS...), dim3 grid, dim3 block, size_t shared,

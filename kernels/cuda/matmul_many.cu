@@ -101,7 +101,7 @@ template <int TYPE> struct reader {
     /* The next stage's descriptor, when its copy is complete. */
     __device__ __forceinline__ uint64_t take() {
         barrier_wait(&shared.full[next.at], next.parity);
-        barrier_see_copies();
+        shared_seen_async();
         const uint64_t descriptor = wgmma_descriptor(shared_address(shared.stages[next.at]));
         next.step();
         return descriptor;

@@ -47,15 +47,13 @@ static __device__ __forceinline__ void stream_put(stream_ring &ring, const void 
     ring.filled++;
 }
 
-/* Waits for the oldest copy. What it returns is the warp's until stream_release. */
+/*
+ * Waits for the oldest copy. What it returns is the warp's until stream_release; a thread that stores there calls
+ * shared_seen_async before that.
+ */
 static __device__ __forceinline__ const uint8_t *stream_get(const stream_ring &ring) {
     barrier_wait(ring.barriers + 8 * ring.got, ring.got_parity);
     return (const uint8_t *)__cvta_shared_to_generic(ring.slots + ring.got * ring.slot_bytes);
-}
-
-/* Each thread that stored into a slot calls this before the slot is released: the next copy comes after. */
-static __device__ __forceinline__ void stream_see_stores() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 static __device__ __forceinline__ void stream_release(stream_ring &ring) {
