@@ -318,4 +318,5 @@ static bool cuda_answers(void) {
 }
 
 const struct executor_ops executor_cuda = {
-    .name = "cuda", .max_sequences = 256, .step_tokens = 2048, .answers = cuda_answers, .open = cuda_open, .close = cuda_close, .step = cuda_step};
+    .name = "cuda", .max_sequences = 256, .step_tokens = 2048,
+    .answers = cuda_answers, .open = cuda_open, .close = cuda_close, .step = cuda_step};

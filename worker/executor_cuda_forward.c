@@ -241,7 +241,8 @@ int cuda_graphs_capture(struct executor_cuda *cuda, struct status *status) {
         for (uint32_t c = 0; c < CONTEXT_BUCKETS && (c == 0 || context_buckets[c - 1] < info->context_length); c++) {
             const uint32_t rows = least(row_buckets[r], most), limit = least(context_buckets[c], info->context_length);
             struct cuda_graph *graph = &cuda->graphs[cuda->graph_count];
-            graph->shape = (struct cuda_shape){.rows = rows, .tiles = rows, .outputs = rows, .context_limit = limit, .decode = true};
+            graph->shape = (struct cuda_shape){
+                .rows = rows, .tiles = rows, .outputs = rows, .context_limit = limit, .decode = true};
             graph->shape.split = cuda_shape_splits(cuda, &graph->shape);
             cudaError_t error = cuda_graph_capture(cuda, graph);
             if (error != cudaSuccess)

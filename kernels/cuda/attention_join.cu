@@ -9,8 +9,8 @@ namespace {
 constexpr int JOIN_THREADS = 256, JOIN_WARPS = JOIN_THREADS / 32, JOIN_PARTS = 8;
 
 /*
- * One warp joins the pieces of a head, [piece][DIM] and {max, sum} of each, for OWN dimensions a lane: out[i] is dimension
- * lane + 32 i from `partial` on. Lane l makes the factors of a round's piece l: the maxima before and after it are the
+ * One warp joins the pieces of a head, [piece][DIM] and {max, sum} of each, for OWN dimensions a lane: out[i] is
+ * dimension lane + 32 i from `partial` on. Lane l makes the factors of a round's piece l: the maxima before and after it are the
  * greatest of the pieces until then.
  */
 template <int DIM, int OWN>
@@ -131,7 +131,9 @@ __global__ void __launch_bounds__(JOIN_THREADS) join_kernel(const attention_para
 }
 
 template <int DIM> cudaError_t launch_join(const attention_parameters &p, cudaStream_t stream) {
-    const uint32_t parts = !launch_has_copies(join_kernel<DIM>) ? 1 : p.rows < 48 ? JOIN_PARTS : JOIN_PARTS / 2; /* some 200 blocks are enough */
+    const uint32_t parts = !launch_has_copies(join_kernel<DIM>) ? 1
+                           : p.rows < 48                        ? JOIN_PARTS
+                                                                : JOIN_PARTS / 2; /* some 200 blocks are enough */
     const uint32_t block_units = (p.heads * join_shape<DIM>::units + parts - 1) / parts;
     const size_t values = p.out.half ? block_units * 32 * join_shape<DIM>::own * sizeof(float) : 0;
     return launch_clusters(parts, join_kernel<DIM>, dim3(parts, p.rows), dim3(JOIN_THREADS), values, stream, p,
