@@ -250,6 +250,7 @@ __device__ __forceinline__ void attend_run(const attention_parameters &p, shared
     }
     for (uint32_t i = pieces; i < run_pieces; i++, place.step()) {
         barrier_wait(&shared.full[place.at], place.parity);
+        __syncwarp(); /* or a lane could fall two phases behind, which looks like none */
         if (lane == 0)
             barrier_arrive(&shared.empty[place.at]);
     }

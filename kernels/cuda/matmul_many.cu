@@ -46,11 +46,10 @@ template <int TYPE> __device__ void copy_units(const many_parameters &p, shared_
             known.count = at.count;
             known.row_tile = at.row_tile;
         }
-        asm volatile("bar.sync 1, %0;" ::"n"(GROUP_THREADS) : "memory");
-        if (thread == 0)
-            barrier_arrive(&shared.map_full[map.at]);
+        barrier_arrive(&shared.map_full[map.at]);
         if (at.count == 0)
             break;
+        barrier_wait(&shared.map_full[map.at], map.parity); /* the others' rows */
         next = finder.find(index += gridDim.x);
         next_row = row_of(next); /* used a unit later */
 
@@ -173,9 +172,7 @@ __device__ __forceinline__ void multiply_unit(const many_parameters &p, shared_m
 #pragma unroll
     for (int i = 0; i < N / 2; i++)
         out[(8 * (i / 4) + i % 2) * SUMS_STRIDE + (i & 2 ? 8 : 0)] = total[i];
-    __syncwarp();
-    if (lane == 0)
-        barrier_arrive(&shared.sums_full);
+    barrier_arrive(&shared.sums_full);
 }
 
 /* Each number of tokens costs registers, for ptxas gives the sums of one no registers of another's: at eight it spills. */
@@ -255,9 +252,7 @@ __device__ void write_units(const many_parameters &p, shared_memory<TYPE> &share
         case CUDA_SWIGLU: write_unit<CUDA_SWIGLU>(p, shared, known, row, factor, warp, lane); break;
         case CUDA_GATED: write_unit<CUDA_GATED>(p, shared, known, row, factor, warp, lane); break;
         }
-        __syncwarp();
-        if (lane == 0)
-            barrier_arrive(&shared.sums_empty);
+        barrier_arrive(&shared.sums_empty);
     }
 }
 
@@ -278,9 +273,9 @@ template <int TYPE> __global__ void __launch_bounds__(THREADS, 1) many_kernel(co
             barrier_create(&shared.weights_empty[i], CONSUMERS * GROUP_WARPS);
         }
         for (int i = 0; i < MAPS; i++)
-            barrier_create(&shared.map_full[i], 1);
-        barrier_create(&shared.sums_full, CONSUMERS * GROUP_WARPS);
-        barrier_create(&shared.sums_empty, GROUP_WARPS);
+            barrier_create(&shared.map_full[i], GROUP_THREADS);
+        barrier_create(&shared.sums_full, CONSUMERS * GROUP_THREADS);
+        barrier_create(&shared.sums_empty, GROUP_THREADS);
         barriers_created();
     }
     __syncthreads();

@@ -164,6 +164,11 @@ __device__ __forceinline__ void finish(const stream_parameters &p, const token_m
     }
 }
 
+/* Whether the phase has ended, with one answer for all of the warp. */
+__device__ __forceinline__ bool warp_done(shared_place barrier, uint32_t parity) {
+    return __all_sync(0xffffffffu, barrier_done(barrier, parity));
+}
+
 /* One warp's copying of the run's items' tokens. */
 struct token_copier {
     uint32_t first_item, count, next, oldest, base, used;
@@ -174,9 +179,9 @@ struct token_copier {
         for (; next < count; next++) {
             const cuda_item item = p.items[first_item + next];
             for (; used + item.count > TOKENS || next - oldest == MAPS; oldest++) {
-                if (!barrier_done(&shared.empty[oldest % MAPS], oldest / MAPS & 1))
+                if (!warp_done(&shared.empty[oldest % MAPS], oldest / MAPS & 1))
                     return;
-                used -= shared.maps[oldest % MAPS].count;
+                used -= p.items[first_item + oldest].count;
             }
             copy(p, shared, tokens, item, lane);
             base = (base + item.count) % TOKENS;
@@ -200,10 +205,7 @@ struct token_copier {
             map.base = base;
             map.count = item.count;
         }
-        __syncwarp();
-        if (lane == 0)
-            barrier_expect(full, item.count * 2 * p.x_stride);
-        __syncwarp();
+        barrier_expect(full, own ? 2 * p.x_stride : 0); /* every lane, after its part of the map */
         const uint32_t row = base + lane;
         if (own)
             barrier_copy(tokens + (row < TOKENS ? row : row - TOKENS) * token_bytes(p.x_stride),
@@ -227,8 +229,8 @@ __global__ void __launch_bounds__(THREADS, 1) stream_kernel(const __grid_constan
     launch_dependents();
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < MAPS; i++) {
-            barrier_create(&shared.full[i], 1);
-            barrier_create(&shared.empty[i], p.groups * p.chains);
+            barrier_create(&shared.full[i], 32);
+            barrier_create(&shared.empty[i], 32 * p.groups * p.chains);
         }
         barriers_created();
     }
@@ -259,14 +261,12 @@ __global__ void __launch_bounds__(THREADS, 1) stream_kernel(const __grid_constan
     };
     uint32_t k = 0; /* of the run's items */
     const auto wait_for_item = [&] {
-        while (!barrier_done(&shared.full[k % MAPS], k / MAPS & 1))
+        while (!warp_done(&shared.full[k % MAPS], k / MAPS & 1))
             copy_ahead();
     };
     /* The warp is done with item k. */
     const auto next_item = [&] {
-        __syncwarp();
-        if (lane == 0)
-            barrier_arrive(&shared.empty[k % MAPS]);
+        barrier_arrive(&shared.empty[k % MAPS]);
         k++;
         wait_for_item();
     };
