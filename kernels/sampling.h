@@ -7,8 +7,9 @@
 
 /*
  * The arithmetic of sampling, once for the sampler on the CPU and the kernels on the GPU: equal logits give equal tokens
- * wherever they are sampled. Floats are only added, multiplied, divided and compared, as IEEE 754 rounds them, in the order
- * written (contraction is off in both compilers); what is summed over tokens are integers, so that no sum has an order.
+ * and log-probabilities wherever they are sampled. Floats are only added, multiplied, divided and compared, as IEEE 754
+ * rounds them, in the order written (contraction is off in both compilers); what is summed over tokens are integers, so
+ * that no sum has an order.
  */
 #ifdef __CUDACC__
 #define SAMPLING_FUNCTION static __host__ __device__ __forceinline__
@@ -80,6 +81,34 @@ SAMPLING_FUNCTION float sampling_least_weight(float p, float total, uint32_t cou
 /* Where in [0, total) a draw falls. */
 SAMPLING_FUNCTION uint64_t sampling_target(uint64_t random, uint64_t total) {
     return (uint64_t)((unsigned __int128)random * total >> 64);
+}
+
+/* The natural logarithm of x >= 1: x = m 2^e with m near 1, and ln m = 2 artanh((m - 1) / (m + 1)). */
+SAMPLING_FUNCTION double sampling_log(double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    int64_t exponent = (int64_t)(bits >> 52) - 1023;
+    bits = (bits & 0x000FFFFFFFFFFFFFu) | 0x3FF0000000000000u;
+    double m;
+    memcpy(&m, &bits, sizeof(m));
+    if (m > 1.4142135623730951) {
+        m *= 0.5;
+        exponent++;
+    }
+    double s = (m - 1.0) / (m + 1.0), square = s * s, series = 0.0;
+    for (int k = 19; k >= 1; k -= 2)
+        series = series * square + 1.0 / k;
+    return (double)exponent * 0.6931471805599453 + 2.0 * s * series;
+}
+
+/* The logarithm of the mass of all tokens at temperature 1, of which the likeliest weighs 1. */
+SAMPLING_FUNCTION double sampling_log_mass(uint64_t mass) {
+    return sampling_log((double)mass / (double)(1ll << SAMPLING_MASS_BITS));
+}
+
+/* A token's log-probability. */
+SAMPLING_FUNCTION float sampling_logprob(float logit, float greatest, double log_mass) {
+    return (float)(((double)logit - greatest) - log_mass);
 }
 
 /*

@@ -83,8 +83,12 @@ static void lay_out_scratch(struct executor_cuda *cuda, struct arena *arena) {
     cuda->greatest = cuda->busiest + config->block_count;
     cuda->draws = arena_take(arena, outputs, sizeof *cuda->draws);
     cuda->history = arena_take(arena, CUDA_HISTORY_TOKENS, sizeof(uint32_t));
+    cuda->plain = arena_take(arena, CUDA_HISTORY_TOKENS, sizeof(float));
     cuda->draw_parts = arena_take(arena, outputs * CUDA_SAMPLE_PARTS, sizeof *cuda->draw_parts);
     cuda->draw_list = arena_take(arena, outputs * config->vocab_size, sizeof(uint32_t));
+    cuda->asked = arena_take(arena, outputs, sizeof *cuda->asked);
+    cuda->asked_masses = arena_take(arena, outputs * CUDA_SAMPLE_PARTS, sizeof(uint64_t));
+    cuda->alternatives = arena_take(arena, outputs, sizeof *cuda->alternatives);
     cuda->cos_sin = arena_take(arena, (size_t)info->context_length * dim, sizeof(float));
 }
 
@@ -213,6 +217,11 @@ static int allocate(struct executor_cuda *cuda, size_t scratch, struct status *s
                   : cudaHostAlloc((void **)&cuda->host_history, CUDA_HISTORY_TOKENS * sizeof(uint32_t),
                                   cudaHostAllocDefault);
     error = error ? error
+                  : cudaHostAlloc((void **)&cuda->host_asked, outputs * sizeof *cuda->host_asked, cudaHostAllocDefault);
+    error = error ? error
+                  : cudaHostAlloc((void **)&cuda->host_alternatives, outputs * sizeof *cuda->host_alternatives,
+                                  cudaHostAllocDefault);
+    error = error ? error
                   : cudaHostAlloc((void **)&cuda->host_route_experts, routes * sizeof(uint32_t), cudaHostAllocDefault);
     error =
         error ? error : cudaHostAlloc((void **)&cuda->host_route_weights, routes * sizeof(float), cudaHostAllocDefault);
@@ -247,6 +256,8 @@ static void cuda_close(struct executor *executor) {
     cudaFreeHost(cuda->host_busiest);
     cudaFreeHost(cuda->host_draws);
     cudaFreeHost(cuda->host_history);
+    cudaFreeHost(cuda->host_asked);
+    cudaFreeHost(cuda->host_alternatives);
     cudaFreeHost(cuda->host_route_experts);
     cudaFreeHost(cuda->host_route_weights);
     free(cuda->routes_of_rows);

@@ -56,7 +56,7 @@ struct executor_cuda {
     const struct model *model;
     struct cuda_weights weights;
     struct cuda_heads heads;
-    struct thread_pool *pool; /* fills staging buffers, samples what the device does not */
+    struct thread_pool *pool; /* fills staging buffers, samples where histories are too long for the device */
     cudaStream_t stream;
     bool many_runs; /* cuda_matmul_many_runs() */
 
@@ -80,10 +80,17 @@ struct executor_cuda {
     /* Of outputs that the device samples, but for those that only want the greatest logit. */
     struct cuda_draw *draws, *host_draws; /* [max_outputs]; host: pinned */
     uint32_t *history, *host_history;     /* [CUDA_HISTORY_TOKENS]; host: pinned */
+    float *plain;                         /* [CUDA_HISTORY_TOKENS] */
     struct cuda_part *draw_parts;
     uint32_t *draw_list;
     uint32_t draw_count, penalized_count, history_count; /* of this step */
     bool *sample_on_host;                                /* [max_outputs] */
+
+    /* Of outputs that the device samples and that ask for log-probabilities. [max_outputs]; host: pinned */
+    struct cuda_asked *asked, *host_asked;
+    struct cuda_alternatives *alternatives, *host_alternatives;
+    uint64_t *asked_masses;
+    uint32_t asked_count; /* of this step */
 
     struct cuda_graph *graphs;
     uint32_t graph_count;

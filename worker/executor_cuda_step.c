@@ -78,19 +78,34 @@ static void add_draw(struct executor_cuda *cuda, const struct batch_output *outp
     cuda->host_draws[cuda->draw_count++] = draw;
 }
 
+/* Puts an output among those that ask for log-probabilities, with the history that its draw has from `history` on. */
+static void add_asked(struct executor_cuda *cuda, const struct batch_output *output, uint32_t row, uint32_t history) {
+    const uint32_t vocab = cuda->model->config.vocab_size;
+    const uint32_t count = output->logprobs < CUDA_LOGPROBS_MAX ? output->logprobs : CUDA_LOGPROBS_MAX;
+    cuda->host_asked[cuda->asked_count++] = (struct cuda_asked){
+        .row = row,
+        .count = count < vocab ? count : vocab,
+        .history = history,
+        .history_length = cuda->history_count - history,
+    };
+}
+
 /* Settles where each output is sampled. Those with penalties come first among the draws. */
 static void plan_sampling(struct executor_cuda *cuda, const struct batch *batch) {
-    cuda->draw_count = cuda->penalized_count = cuda->history_count = 0;
+    cuda->draw_count = cuda->penalized_count = cuda->history_count = cuda->asked_count = 0;
     for (int penalizes = 1; penalizes >= 0; penalizes--)
         for (uint32_t i = 0; i < batch->output_count; i++) {
             const struct batch_output *output = &batch->outputs[i];
             if (!output->sampling || sampler_penalizes(output->sampling) != penalizes)
                 continue;
-            cuda->sample_on_host[i] =
-                output->logprobs > 0 ||
-                (penalizes && output->history_length > CUDA_HISTORY_TOKENS - cuda->history_count);
-            if (!cuda->sample_on_host[i] && !greatest_is_enough(output->sampling))
+            const uint32_t history = cuda->history_count;
+            cuda->sample_on_host[i] = penalizes && output->history_length > CUDA_HISTORY_TOKENS - history;
+            if (cuda->sample_on_host[i])
+                continue;
+            if (!greatest_is_enough(output->sampling))
                 add_draw(cuda, output, i, penalizes);
+            if (output->logprobs > 0)
+                add_asked(cuda, output, i, history);
         }
 }
 
@@ -113,6 +128,10 @@ static cudaError_t run(struct executor_cuda *cuda, const struct batch *batch) {
         error = error ? error
                       : cudaMemcpyAsync(cuda->history, cuda->host_history, cuda->history_count * sizeof *cuda->history,
                                         cudaMemcpyHostToDevice, cuda->stream);
+    if (cuda->asked_count > 0)
+        error = error ? error
+                      : cudaMemcpyAsync(cuda->asked, cuda->host_asked, cuda->asked_count * sizeof *cuda->asked,
+                                        cudaMemcpyHostToDevice, cuda->stream);
     if (error != cudaSuccess)
         return error;
     if (batch->profile)
@@ -120,25 +139,46 @@ static cudaError_t run(struct executor_cuda *cuda, const struct batch *batch) {
     return graph ? cudaGraphLaunch(graph->exec, cuda->stream) : cuda_forward(cuda, &shape);
 }
 
-/* The tokens of the draws. Their penalties change logits: these must be on their way home before. */
+/*
+ * The tokens of the draws, and log-probabilities. Penalties change logits: these must be on their way home before.
+ */
 static cudaError_t sample(struct executor_cuda *cuda) {
-    const struct cuda_sample arguments = {
+    const struct cuda_logprobs logprobs = {
+        .logits = cuda->logits,
+        .vocab = cuda->model->config.vocab_size,
+        .asked = cuda->asked,
+        .count = cuda->asked_count,
+        .ranks = cuda->greatest_parts,
+        .history = cuda->history,
+        .ids = cuda->greatest,
+        .plain = cuda->plain,
+        .masses = cuda->asked_masses,
+        .out = cuda->alternatives,
+    };
+    const struct cuda_sample draws = {
         .logits = cuda->logits,
         .vocab = cuda->model->config.vocab_size,
         .draws = cuda->draws,
         .count = cuda->draw_count,
         .penalized = cuda->penalized_count,
         .history = cuda->history,
+        .plain = cuda->plain,
         .ranks = cuda->greatest_parts,
         .parts = cuda->draw_parts,
         .list = cuda->draw_list,
         .ids = cuda->greatest,
     };
-    cudaError_t error = cuda->draw_count > 0 ? cuda_sample(&arguments, cuda->stream) : cudaSuccess;
-    return error || cuda->draw_count == 0 ? error : cuda_mark(cuda, "sample");
+    cudaError_t error = cudaSuccess;
+    if (logprobs.count > 0)
+        error = cuda_logprobs_begin(&logprobs, cuda->stream);
+    if (draws.count > 0)
+        error = error ? error : cuda_sample(&draws, cuda->stream);
+    if (logprobs.count > 0)
+        error = error ? error : cuda_logprobs_end(&logprobs, cuda->stream);
+    return error || logprobs.count + draws.count == 0 ? error : cuda_mark(cuda, "sample");
 }
 
-/* Samples, and brings home what is wanted: a token of each output, logits of some, how experts were chosen. */
+/* Samples, and brings home what is wanted: of each output a token, of some more, and how experts were chosen. */
 static cudaError_t fetch(struct executor_cuda *cuda, const struct batch *batch) {
     const struct model_config *config = &cuda->model->config;
     const uint32_t layers = config->block_count;
@@ -156,6 +196,11 @@ static cudaError_t fetch(struct executor_cuda *cuda, const struct batch *batch) 
     error = error ? error
                   : cudaMemcpyAsync(cuda->host_busiest, cuda->busiest, (layers + batch->output_count) * sizeof(uint32_t),
                                     cudaMemcpyDeviceToHost, cuda->stream);
+    if (cuda->asked_count > 0)
+        error = error ? error
+                      : cudaMemcpyAsync(cuda->host_alternatives, cuda->alternatives,
+                                        cuda->asked_count * sizeof *cuda->alternatives, cudaMemcpyDeviceToHost,
+                                        cuda->stream);
     if (batch->routes) {
         error = error ? error
                       : cudaMemcpy2DAsync(cuda->host_route_experts, routes * sizeof(uint32_t), cuda->route_experts,
@@ -211,6 +256,19 @@ static void sample_outputs(void *context, uint32_t first, uint32_t end, uint32_t
     }
 }
 
+/* The log-probabilities of those that asked the device for them. */
+static void add_alternatives(struct executor_cuda *cuda) {
+    static_assert((int)CUDA_LOGPROBS_MAX == SAMPLER_LOGPROBS_MAX, "all that may be asked for");
+    for (uint32_t i = 0; i < cuda->asked_count; i++) {
+        const struct cuda_alternatives *from = &cuda->host_alternatives[i];
+        struct sampled *to = &cuda->sampled[cuda->host_asked[i].row];
+        to->logprob = from->logprob;
+        to->top_count = cuda->host_asked[i].count;
+        memcpy(to->top_ids, from->ids, to->top_count * sizeof *to->top_ids);
+        memcpy(to->top_logprobs, from->logprobs, to->top_count * sizeof *to->top_logprobs);
+    }
+}
+
 /* An error that stays is the end of what the process has on the device. */
 static int fail_step(struct executor_cuda *cuda, cudaError_t error, struct status *status) {
     cudaGetLastError();
@@ -241,6 +299,7 @@ int cuda_step(struct executor *executor, const struct batch *batch, struct batch
     }
     struct sampling_job job = {cuda, batch};
     thread_pool_run(cuda->pool, sample_outputs, &job, batch->output_count);
+    add_alternatives(cuda);
     if (batch->routes)
         turn_routes(cuda, batch->rows);
     *result = (struct batch_result){

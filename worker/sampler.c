@@ -25,24 +25,6 @@ size_t sampler_scratch_bytes(uint32_t vocab_size) {
     return (size_t)vocab_size * (sizeof(float) + sizeof(float) + sizeof(uint32_t));
 }
 
-/* The natural logarithm of x >= 1: x = m 2^e with m near 1, and ln m = 2 artanh((m - 1) / (m + 1)). */
-static double log_positive(double x) {
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    int64_t exponent = (int64_t)(bits >> 52) - 1023;
-    bits = (bits & 0x000FFFFFFFFFFFFFu) | 0x3FF0000000000000u;
-    double m;
-    memcpy(&m, &bits, sizeof(m));
-    if (m > 1.4142135623730951) {
-        m *= 0.5;
-        exponent++;
-    }
-    double s = (m - 1.0) / (m + 1.0), square = s * s, series = 0.0;
-    for (int k = 19; k >= 1; k -= 2)
-        series = series * square + 1.0 / k;
-    return (double)exponent * 0.6931471805599453 + 2.0 * s * series;
-}
-
 /* weights[i] = e^((values[i] - greatest) / temperature), in strips of a fixed length: compilers make vectors of these. */
 static void exponentiate(const float *values, uint32_t count, float greatest, float temperature, float *weights) {
     for (uint32_t start = 0; start < count; start += STRIP) {
@@ -236,12 +218,11 @@ static void list_logprobs(const float *logits, uint32_t vocab_size, uint32_t wan
     }
     float greatest = logits[out->top_ids[0]];
     exponentiate(logits, vocab_size, greatest, 1.0f, scratch);
-    double sum = (double)total_mass(scratch, vocab_size) / (double)(1ll << SAMPLING_MASS_BITS); /* the greatest adds 1 */
-    double log_sum = log_positive(sum);
+    double log_mass = sampling_log_mass(total_mass(scratch, vocab_size));
     for (uint32_t i = 0; i < count; i++)
-        out->top_logprobs[i] = (float)(((double)logits[out->top_ids[i]] - greatest) - log_sum);
+        out->top_logprobs[i] = sampling_logprob(logits[out->top_ids[i]], greatest, log_mass);
     out->top_count = count;
-    out->logprob = (float)(((double)logits[out->token] - greatest) - log_sum);
+    out->logprob = sampling_logprob(logits[out->token], greatest, log_mass);
 }
 
 void sampler_sample(const float *logits, uint32_t vocab_size, const struct sampling *sampling, const uint32_t *history,

@@ -267,12 +267,46 @@ struct cuda_sample {
     const struct cuda_draw *draws; /* [count]; the first `penalized` are those with penalties */
     uint32_t count, penalized;
     const uint32_t *history;
+    float *plain; /* [history]: what those tokens' logits were, of rows with penalties */
     uint64_t *ranks;
     struct cuda_part *parts; /* [rows][CUDA_SAMPLE_PARTS] */
     uint32_t *list;          /* [rows][vocab] */
     uint32_t *ids;
 };
 cudaError_t cuda_sample(const struct cuda_sample *arguments, cudaStream_t stream);
+
+/* A row whose log-probabilities are asked for. */
+enum { CUDA_LOGPROBS_MAX = 20 };
+struct cuda_asked {
+    uint32_t row, count;              /* count: of the likeliest tokens, 1 .. CUDA_LOGPROBS_MAX and not above vocab */
+    uint32_t history, history_length; /* of its draw; no history without penalties */
+};
+
+/* Natural logarithms, from the logits before penalties and temperature: of the row's token, and of the likeliest. */
+struct cuda_alternatives {
+    float logprob;
+    uint32_t ids[CUDA_LOGPROBS_MAX]; /* falling; ties: the lower id first */
+    float logprobs[CUDA_LOGPROBS_MAX];
+};
+
+/*
+ * out[i] = what sampler_sample makes of row asked[i].row, to the bit: cuda_logprobs_begin between cuda_greatest and
+ * cuda_sample, cuda_logprobs_end behind both. Where ids[row] is UINT32_MAX, out[i] is nothing of use. ranks, history,
+ * plain and ids are those of cuda_sample. All pointers but the struct are device memory.
+ */
+struct cuda_logprobs {
+    const float *logits;
+    uint32_t vocab;
+    const struct cuda_asked *asked; /* [count] */
+    uint32_t count;
+    const uint64_t *ranks;
+    const uint32_t *history, *ids;
+    const float *plain;
+    uint64_t *masses; /* scratch: [count][CUDA_SAMPLE_PARTS] */
+    struct cuda_alternatives *out;
+};
+cudaError_t cuda_logprobs_begin(const struct cuda_logprobs *arguments, cudaStream_t stream);
+cudaError_t cuda_logprobs_end(const struct cuda_logprobs *arguments, cudaStream_t stream);
 
 /*
  * busiest[layer] = how many of the layer's `assignments` the expert with most of them has; chosen: [layers][stride].

@@ -42,13 +42,13 @@ static __device__ __forceinline__ unsigned long long block_greatest(unsigned lon
 }
 
 /*
- * The greatest rank of each warp's share of a row: ranks[row][CUDA_SAMPLE_RANKS]. Of rows 0 .. rows - 1 or, with draws, of
- * those that as many draws name.
+ * The greatest rank of each warp's share of a row: ranks[row][CUDA_SAMPLE_RANKS]; shares take 32 tokens each in turn. Of
+ * rows 0 .. rows - 1 or, with draws, of those that as many draws name.
  */
 cudaError_t launch_ranks(const float *logits, uint32_t vocab, const struct cuda_draw *draws, uint32_t rows,
                          uint64_t *ranks, cudaStream_t stream);
 
-/* Tokens of a warp's share of a part's list: a multiple of 32, for aligned loads. */
+/* Tokens of a warp's share of a part's list: a multiple of 32, for aligned loads. Of launch_ranks' shares the largest. */
 static __device__ __forceinline__ uint32_t share_of_warp(uint32_t vocab) {
     return (vocab + CUDA_SAMPLE_RANKS * 32 - 1) / (CUDA_SAMPLE_RANKS * 32) * 32;
 }

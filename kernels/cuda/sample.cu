@@ -22,8 +22,10 @@ __global__ void __launch_bounds__(PENALTY_THREADS) penalties_kernel(const struct
     const uint32_t *history = s.history + draw.history;
     float *values = s.logits + (uint64_t)draw.row * s.vocab;
     uint32_t *counts = s.list + (uint64_t)draw.row * s.vocab;
-    for (uint32_t i = threadIdx.x; i < draw.history_length; i += PENALTY_THREADS)
+    for (uint32_t i = threadIdx.x; i < draw.history_length; i += PENALTY_THREADS) {
         counts[history[i]] = SEEN;
+        s.plain[draw.history + i] = values[history[i]];
+    }
     __syncthreads();
     for (uint32_t i = draw.prompt_length + threadIdx.x; i < draw.history_length; i += PENALTY_THREADS)
         atomicAdd(&counts[history[i]], 1);

@@ -147,20 +147,20 @@ static void test_many_rows(const char *what, const struct synth_shape *shape, co
     model_close(model);
 }
 
-/* Sequences with more history than a step has room for get the same tokens as others. */
+/* Sequences with more history than a step has room for get the same tokens and log-probabilities as others. */
 static void test_histories(const char *what, const struct synth_shape *shape) {
-    enum { LONG = (1 << 20) - 50, ROWS = 4 };
+    enum { LONG = (1 << 20) - 1000, ROWS = 4 };
     struct model *model = model_make(shape, "q4_k_m", false);
     const struct executor_options options = options_make("auto", 2, "auto");
     struct executor *executor = executor_make(&executor_cuda, model, &options);
-    const uint32_t vocab = model->config.vocab_size, lengths[ROWS] = {40, LONG, 40, 5};
+    const uint32_t vocab = model->config.vocab_size, lengths[ROWS] = {600, LONG, 500, 5};
     uint32_t tokens[ROWS], block = 0, *history = malloc(LONG * sizeof *history);
     struct sampling samplings[ROWS];
     struct batch_output outputs[ROWS];
     struct batch_result result;
     struct status status = {0};
     for (uint32_t i = 0; i < LONG; i++)
-        history[i] = random_below(vocab / 2);
+        history[i] = i < vocab ? i : random_below(vocab / 2); /* the first has all tokens, so what it gets is penalized */
     for (uint32_t i = 0; i < ROWS; i++) {
         tokens[i] = random_below(vocab);
         samplings[i] = (struct sampling){.temperature = 1, .frequency_penalty = 1e-3f, .seed = i};
@@ -169,6 +169,7 @@ static void test_histories(const char *what, const struct synth_shape *shape) {
                                            .history = history,
                                            .history_length = lengths[i],
                                            .prompt_length = 3,
+                                           .logprobs = 1 + 2 * i,
                                            .logits = true};
     }
     const struct batch_sequence sequence = {.rows = ROWS, .blocks = &block, .block_count = 1};
@@ -204,7 +205,7 @@ static void test_profile(const char *what, const struct synth_shape *shape) {
         const uint32_t rows = step < 3 ? ROWS : 1, position = step < 3 ? 0 : ROWS;
         const struct batch_sequence sequence = {
             .position = position, .rows = rows, .blocks = &block, .block_count = 1};
-        const struct batch_output output = {.row = rows - 1, .sampling = &sampling, .logits = true};
+        const struct batch_output output = {.row = rows - 1, .sampling = &sampling, .logprobs = 20, .logits = true};
         const struct batch batch = {.tokens = tokens,
                                     .rows = rows,
                                     .sequences = &sequence,

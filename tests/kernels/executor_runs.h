@@ -184,7 +184,7 @@ static bool ragged_step(struct executor *executor, const struct model *model, st
                     .history = run->text->tokens,
                     .history_length = at + 1,
                     .prompt_length = 1,
-                    .logprobs = random_below(8) ? 0 : 3,
+                    .logprobs = random_below(3) ? 0 : 1 + random_below(SAMPLER_LOGPROBS_MAX),
                     .logits = true,
                 };
                 output_count++;
