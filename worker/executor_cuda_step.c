@@ -139,9 +139,7 @@ static cudaError_t run(struct executor_cuda *cuda, const struct batch *batch) {
     return graph ? cudaGraphLaunch(graph->exec, cuda->stream) : cuda_forward(cuda, &shape);
 }
 
-/*
- * The tokens of the draws, and log-probabilities. Penalties change logits: these must be on their way home before.
- */
+/* The tokens of the draws, and log-probabilities. Penalties change logits: these must be on their way home before. */
 static cudaError_t sample(struct executor_cuda *cuda) {
     const struct cuda_logprobs logprobs = {
         .logits = cuda->logits,

@@ -276,8 +276,8 @@ template <int DIM> cudaError_t launch_dim(const attention_parameters &p, cudaStr
             return launch_split<DIM, true>(p, stream);
     if (p.partial)
         return launch_split<DIM, false>(p, stream);
-    const cudaError_t error = attention_many_runs(DIM) && p.tile_count < p.rows ? attention_many(p, DIM, stream)
-                                                                                      : launch_whole<DIM>(p, stream);
+    const bool many = attention_many_runs(DIM) && p.tile_count < p.rows;
+    const cudaError_t error = many ? attention_many(p, DIM, stream) : launch_whole<DIM>(p, stream);
     return error || !p.out.half ? error : cuda_round(p.y, columns, p.rows, &p.out, stream);
 }
 

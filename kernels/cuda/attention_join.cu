@@ -10,8 +10,8 @@ constexpr int JOIN_THREADS = 256, JOIN_WARPS = JOIN_THREADS / 32, JOIN_PARTS = 8
 
 /*
  * One warp joins the pieces of a head, [piece][DIM] and {max, sum} of each, for OWN dimensions a lane: out[i] is
- * dimension lane + 32 i from `partial` on. Lane l makes the factors of a round's piece l: the maxima before and after it are the
- * greatest of the pieces until then.
+ * dimension lane + 32 i from `partial` on. Lane l makes the factors of a round's piece l: the maxima before and after it
+ * are the greatest of the pieces until then.
  */
 template <int DIM, int OWN>
 __device__ __forceinline__ void join_pieces(const float *partial, const float2 *stats, uint32_t pieces,
