@@ -8,30 +8,44 @@
 namespace {
 
 constexpr int AT_ONCE = 8, ROUND_FOURS = 8;
-constexpr uint32_t MANY_ROWS = 512; /* enough to keep more blocks of fewer warps busy */
+constexpr uint32_t MANY_ROWS = 512;     /* enough to keep more blocks of fewer warps busy */
+constexpr uint32_t ROUND_FEW = 8 * 128; /* rows that blocks of eight warps round all at a time */
 
-/* value + the experts' results of four columns, `experts` being those of the first. */
-__device__ __forceinline__ float4 add_experts(float4 value, const float4 *experts, uint32_t stride,
-                                              const float *weights, uint32_t used) {
+__device__ __forceinline__ float4 add_weighted(float weight, float4 y, float4 sum) {
+    return make_float4(fmaf(weight, y.x, sum.x), fmaf(weight, y.y, sum.y), fmaf(weight, y.z, sum.z),
+                       fmaf(weight, y.w, sum.w));
+}
+
+/*
+ * value + the experts' results of four columns, `at` being those of the first. The whole block takes part, for its part
+ * `part` of each row in turn. Eight results are in flight together: as their weights come by way of shared memory, the
+ * compiler cannot wait for one result before it loads the next.
+ */
+__device__ __forceinline__ float4 add_experts(float4 value, const float4 *experts, uint32_t at, uint32_t stride,
+                                              const float *weights, uint32_t used, int part) {
+    __shared__ float4 shared[AT_ONCE / 4];
     float4 mixture = make_float4(0, 0, 0, 0);
-    for (uint32_t first = 0; first < used; first += AT_ONCE) {
+    uint32_t i = 0;
+    if (used >= AT_ONCE) {
         float4 y[AT_ONCE];
-        float weight[AT_ONCE];
+        if (part == 0 && threadIdx.x < AT_ONCE)
+            ((float *)shared)[threadIdx.x] = weights[threadIdx.x];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            if (first + i < used) {
-                y[i] = experts[(uint64_t)(first + i) * stride];
-                weight[i] = weights[first + i];
-            }
+        for (; i < AT_ONCE; i++, at += stride)
+            y[i] = experts[at];
+        __syncthreads();
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            if (first + i < used) {
-                mixture.x = fmaf(weight[i], y[i].x, mixture.x);
-                mixture.y = fmaf(weight[i], y[i].y, mixture.y);
-                mixture.z = fmaf(weight[i], y[i].z, mixture.z);
-                mixture.w = fmaf(weight[i], y[i].w, mixture.w);
-            }
+        for (int k = 0; k < AT_ONCE / 4; k++) {
+            const float4 weight = shared[k];
+            mixture = add_weighted(weight.x, y[4 * k], mixture);
+            mixture = add_weighted(weight.y, y[4 * k + 1], mixture);
+            mixture = add_weighted(weight.z, y[4 * k + 2], mixture);
+            mixture = add_weighted(weight.w, y[4 * k + 3], mixture);
+        }
     }
+#pragma unroll 1
+    for (; i < used; i++, at += stride)
+        mixture = add_weighted(weights[i], experts[at], mixture);
     return make_float4(value.x + mixture.x, value.y + mixture.y, value.z + mixture.z, value.w + mixture.w);
 }
 
@@ -42,6 +56,7 @@ __device__ __forceinline__ float4 add_experts(float4 value, const float4 *expert
 template <int FOURS, int WARPS, bool EXPERTS>
 __global__ void __launch_bounds__(WARPS * 32) norm_kernel(const struct cuda_norm n) {
     constexpr int SHARE = NORM_WARPS / WARPS, PARTS = SHARE * FOURS;
+    static_assert(SHARE == 1 || !EXPERTS, "parts that add_experts takes");
     __shared__ float sums[NORM_WARPS], maxima[WARPS];
     const uint32_t row = n.select ? n.select[blockIdx.x] : blockIdx.x, fours = n.columns / 4;
     const auto at = [](int part) { return threadIdx.x + part % SHARE * WARPS * 32 + part / SHARE * NORM_THREADS; };
@@ -57,17 +72,19 @@ __global__ void __launch_bounds__(WARPS * 32) norm_kernel(const struct cuda_norm
 #pragma unroll
     for (int k = 0; k < PARTS; k++)
         value[k] = at(k) < fours ? x[at(k)] : make_float4(0, 0, 0, 0);
+    if (EXPERTS) {
+        const float4 *experts = (const float4 *)(n.experts + (uint64_t)row * n.used * n.columns);
 #pragma unroll
-    for (int k = 0; k < PARTS; k++) {
-        if (at(k) >= fours)
-            continue;
-        if (EXPERTS) {
-            const float4 *experts = (const float4 *)(n.experts + (uint64_t)row * n.used * n.columns) + at(k);
-            value[k] = add_experts(value[k], experts, fours, n.weights + row * n.used, n.used);
-            x[at(k)] = value[k];
+        for (int k = 0; k < PARTS; k++) {
+            const float4 result =
+                add_experts(value[k], experts, min(at(k), fours - 1), fours, n.weights + row * n.used, n.used, k);
+            if (at(k) < fours)
+                x[at(k)] = value[k] = result;
         }
-        sum[k % SHARE] = add_squares(value[k], sum[k % SHARE]);
     }
+#pragma unroll
+    for (int k = 0; k < PARTS; k++)
+        sum[k % SHARE] = add_squares(value[k], sum[k % SHARE]); /* 0 where there are no columns */
 #pragma unroll
     for (int s = 0; s < SHARE; s++) {
         sum[s] = warp_reduce(sum[s], plus);
@@ -75,14 +92,13 @@ __global__ void __launch_bounds__(WARPS * 32) norm_kernel(const struct cuda_norm
             sums[threadIdx.x / 32 + s * WARPS] = sum[s];
     }
     __syncthreads();
-    const float squares = warp_reduce(threadIdx.x % 32 < NORM_WARPS ? sums[threadIdx.x % 32] : 0.0f, plus);
-    const float factor = norm_factor(squares, n.columns, n.epsilon);
+    const float factor = norm_factor(join_squares(sums), n.columns, n.epsilon);
 #pragma unroll
     for (int k = 0; k < PARTS; k++) {
         value[k] = normed(value[k], factor, norm[k]);
         greatest = greater(greatest, greatest_of(value[k]));
     }
-    const float scale = rounding_scale(block_reduce(greatest, greater, maxima), shrink);
+    const float scale = rounding_scale(block_greatest<WARPS>(greatest, maxima), shrink);
     const uint32_t padded = padded_columns(n.columns);
     uint2 *out = (uint2 *)((half *)n.out.half + (uint64_t)blockIdx.x * padded);
 #pragma unroll
@@ -97,7 +113,7 @@ __global__ void __launch_bounds__(WARPS * 32) norm_kernel(const struct cuda_norm
 }
 
 /* WARPS warps a row, ROWS rows a block. The row stays in registers, as it would not stay in a cache. */
-template <int WARPS, int ROWS>
+template <int WARPS, int ROWS, int FOURS>
 __global__ void __launch_bounds__(WARPS *ROWS * 32)
     round_kernel(const float *x, uint32_t columns, uint32_t rows, const struct cuda_activation out) {
     static_assert(WARPS == 1 || ROWS == 1, "what a block reduces belongs to one row");
@@ -109,20 +125,20 @@ __global__ void __launch_bounds__(WARPS *ROWS * 32)
     if (row >= rows)
         return;
     const float4 *values = (const float4 *)(x + (uint64_t)row * columns);
-    float4 value[ROUND_FOURS];
+    float4 value[FOURS];
     float greatest = 0, shrink;
 #pragma unroll
-    for (int k = 0; k < ROUND_FOURS; k++)
+    for (int k = 0; k < FOURS; k++)
         value[k] = own + k * WARPS * 32 < fours ? values[own + k * WARPS * 32] : make_float4(0, 0, 0, 0);
 #pragma unroll
-    for (int k = 0; k < ROUND_FOURS; k++)
+    for (int k = 0; k < FOURS; k++)
         greatest = greater(greatest, greatest_of(value[k]));
-    greatest = WARPS == 1 ? warp_reduce(greatest, greater) : block_reduce(greatest, greater, maxima);
+    greatest = WARPS == 1 ? warp_greatest(greatest) : block_greatest<WARPS>(greatest, maxima);
     const float scale = rounding_scale(greatest, shrink);
     const uint32_t padded = padded_columns(columns);
     uint2 *to = (uint2 *)((half *)out.half + (uint64_t)row * padded);
 #pragma unroll
-    for (int k = 0; k < ROUND_FOURS; k++)
+    for (int k = 0; k < FOURS; k++)
         if (own + k * WARPS * 32 < padded / 4)
             store_rounded(out, to, own + k * WARPS * 32, rounded(value[k], shrink));
     if (own == 0)
@@ -136,11 +152,11 @@ template <int FOURS, int WARPS> cudaError_t launch_norm(const struct cuda_norm *
     return launch(norm_kernel<FOURS, WARPS, false>, dim3(n->rows), dim3(WARPS * 32), 0, stream, *n);
 }
 
-template <int WARPS, int ROWS>
+template <int WARPS, int ROWS, int FOURS = ROUND_FOURS>
 cudaError_t launch_round(const float *x, uint32_t columns, uint32_t rows, const struct cuda_activation *out,
                          cudaStream_t stream) {
-    return launch(round_kernel<WARPS, ROWS>, dim3((rows + ROWS - 1) / ROWS), dim3(WARPS * ROWS * 32), 0, stream, x,
-                  columns, rows, *out);
+    return launch(round_kernel<WARPS, ROWS, FOURS>, dim3((rows + ROWS - 1) / ROWS), dim3(WARPS * ROWS * 32), 0, stream,
+                  x, columns, rows, *out);
 }
 
 } // namespace
@@ -159,6 +175,8 @@ cudaError_t cuda_norm(const struct cuda_norm *n, cudaStream_t stream) {
 cudaError_t cuda_round(const float *x, uint32_t columns, uint32_t rows, const struct cuda_activation *out,
                        cudaStream_t stream) {
     constexpr uint32_t of_warp = ROUND_FOURS * 4 * 32;
+    if (columns <= of_warp && rows <= ROUND_FEW)
+        return launch_round<ROUND_FOURS, 1, 1>(x, columns, rows, out, stream);
     if (columns <= of_warp)
         return launch_round<1, 4>(x, columns, rows, out, stream);
     if (columns <= 4 * of_warp)

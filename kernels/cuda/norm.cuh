@@ -32,9 +32,25 @@ static __device__ __forceinline__ float block_reduce(float value, OPERATION oper
     return join_warps(shared, operation);
 }
 
-/* As the greater, but a NaN stays. */
+/* As the greater, but a NaN stays: fmaxf would drop it. */
 static __device__ __forceinline__ float greater(float a, float b) {
-    return a != a ? a : b != b ? b : fmaxf(a, b);
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+}
+
+/* The greatest of a warp's values, none of them negative: as their bits are in order, and those of a NaN above. */
+static __device__ __forceinline__ float warp_greatest(float value) {
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
+}
+
+/* That of a block's WARPS, a power of two; `shared` has a float for each, and must not be in use. */
+template <int WARPS> static __device__ __forceinline__ float block_greatest(float value, float *shared) {
+    value = warp_greatest(value);
+    if (threadIdx.x % 32 == 0)
+        shared[threadIdx.x / 32] = value;
+    __syncthreads();
+    return warp_greatest(shared[threadIdx.x % WARPS]);
 }
 
 static __device__ __forceinline__ float plus(float a, float b) {
@@ -47,6 +63,16 @@ static __device__ __forceinline__ float greatest_of(float4 v) {
 
 static __device__ __forceinline__ float add_squares(float4 v, float sum) {
     return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
+}
+
+/* The squares of a row, of which `sums` has those of the NORM_WARPS; each eight lanes may ask for another row's. */
+static __device__ __forceinline__ float join_squares(const float *sums) {
+    const float *own = sums + threadIdx.x % 8;
+    float squares = own[0] + own[8];
+#pragma unroll
+    for (int offset = 4; offset; offset /= 2)
+        squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+    return squares;
 }
 
 static __device__ __forceinline__ float norm_factor(float squares, uint32_t columns, float epsilon) {
