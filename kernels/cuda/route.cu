@@ -1,9 +1,9 @@
 /*
  * The router with the norm before it: logits, the likeliest experts of each row with their weights, and the assignments
- * sorted by expert. See cuda_route in cuda.h, and route.cuh for the order of a logit's sum. Up to FEW_ROWS rows are normed
- * by every block that wants logits of them; more are normed once, and their logits made by logits.cu. Up to SORTED_ROWS
- * rows are chosen for and sorted by one block; with more, each block of the choice counts its own, from which a block
- * of the sort knows the places of those. Any way does the same operations on a row.
+ * sorted by expert. See cuda_route in cuda.h, and route.cuh for the order of a logit's sum. Up to SOME_ROWS rows are
+ * normed by every block that wants logits of them; more are normed once, and their logits made by logits.cu. Up to
+ * SORTED_ROWS rows are chosen for and sorted by one block; with more, each block of the choice counts its own, from
+ * which a block of the sort knows the places of those. Any way does the same operations on a row.
  */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/norm.cuh"
@@ -13,20 +13,125 @@
 namespace {
 
 constexpr int SELECT_WARPS = 8, SORT_THREADS = 1024;
-constexpr uint32_t FEW_ROWS = 128, SORTED_ROWS = 32, SELECT_ROWS = 8;
-constexpr uint32_t FEW_FLOATS = 32768; /* of normed rows that a block keeps */
+constexpr uint32_t SOME_ROWS = 128, SORTED_ROWS = 32, SELECT_ROWS = 8;
+constexpr uint32_t FEW_EXPERTS = 2;     /* of a block, for one or two rows */
+constexpr uint32_t KEPT_FLOATS = 32768; /* of rows that a block keeps, at most */
 
 /*
- * Norm and logits of ROWS rows and EXPERTS experts, a warp TILE_ROWS by TILE_EXPERTS of them. The last block rounds the
- * first row, the blocks before it the others: the last has no experts where one row is all it takes.
+ * x[ROWS][fours] in shared memory = the rows of the norm from `first` on, normed; norm_ahead: the thread's first four
+ * weights. What the block fetches by cp.async has come afterwards.
  */
+template <int ROWS>
+__device__ __forceinline__ void norm_rows(const struct cuda_norm &n, uint32_t first, uint32_t rows, float4 norm_ahead,
+                                          float4 *x) {
+    constexpr int TOGETHER = ROWS < 4 ? ROWS : 4; /* rows whose factors eight lanes each make */
+    __shared__ float sums[ROWS][NORM_WARPS];
+    const uint32_t lane = threadIdx.x % 32, fours = n.columns / 4;
+    float sum[ROWS] = {};
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < fours; i += NORM_THREADS) {
+        float4 value[ROWS];
+#pragma unroll
+        for (int j = 0; j < ROWS; j++)
+            value[j] = j < (int)rows ? ((const float4 *)(n.x + (uint64_t)(first + j) * n.columns))[i]
+                                     : make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int j = 0; j < ROWS; j++) {
+            x[j * fours + i] = value[j];
+            sum[j] = add_squares(value[j], sum[j]);
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < ROWS; j++) {
+        sum[j] = warp_reduce(sum[j], plus);
+        if (lane == 0)
+            sums[j][threadIdx.x / 32] = sum[j];
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < ROWS; j += TOGETHER) {
+        const float factors = norm_factor(join_squares(sums[j + lane / 8 % TOGETHER]), n.columns, n.epsilon);
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) {
+            const float factor = ROWS == 1 ? factors : __shfl_sync(0xffffffffu, factors, 8 * k);
+            float4 *row = x + (j + k) * fours;
+#pragma unroll 1
+            for (uint32_t i = threadIdx.x; i < fours; i += NORM_THREADS)
+                row[i] = normed(row[i], factor, i == threadIdx.x ? norm_ahead : ((const float4 *)n.norm)[i]);
+        }
+    }
+    __syncthreads();
+}
+
+/* The last block along x rounds the first of the rows that norm_rows has made, the blocks before it the others. */
+__device__ __forceinline__ void round_rows(const struct cuda_norm &n, uint32_t first, uint32_t rows, const float4 *x) {
+    __shared__ float maxima[NORM_WARPS];
+    const uint32_t fours = n.columns / 4, padded = padded_columns(n.columns);
+#pragma unroll 1
+    for (uint32_t j = gridDim.x - 1 - blockIdx.x; j < rows; j += gridDim.x) {
+        const float4 *row = x + j * fours;
+        float greatest = 0, shrink;
+#pragma unroll 1
+        for (uint32_t i = threadIdx.x; i < fours; i += NORM_THREADS)
+            greatest = greater(greatest, greatest_of(row[i]));
+        const float scale = rounding_scale(block_greatest<NORM_WARPS>(greatest, maxima), shrink);
+        uint2 *out = (uint2 *)((half *)n.out.half + (uint64_t)(first + j) * padded);
+#pragma unroll 1
+        for (uint32_t i = threadIdx.x; i < padded / 4; i += NORM_THREADS)
+            store_rounded(n.out, out, i, i < fours ? rounded(row[i], shrink) : make_uint2(0, 0));
+        if (threadIdx.x == 0)
+            n.out.scale[first + j] = scale;
+        __syncthreads();
+    }
+}
+
+__device__ __forceinline__ float4 own_norm(const struct cuda_norm &n) {
+    return ((const float4 *)n.norm)[min(threadIdx.x, n.columns / 4 - 1)];
+}
+
+/*
+ * Norm and logits of a step of ROWS rows: FEW_EXPERTS experts a block, a logit a warp. Such a step waits for its code
+ * more than for anything else, so there is little of it: the router comes by way of shared memory, not in registers.
+ */
+template <int ROWS> __global__ void __launch_bounds__(NORM_THREADS) few_kernel(const struct cuda_route r) {
+    static_assert(ROWS * FEW_EXPERTS <= NORM_WARPS, "a warp a logit");
+    extern __shared__ float4 x[]; /* [ROWS][fours], then the weights of the experts */
+    const uint32_t warp = threadIdx.x / 32, fours = r.norm.columns / 4;
+    const uint32_t expert = blockIdx.x * FEW_EXPERTS; /* the last block may have none */
+    const uint32_t experts = expert < r.experts ? min(r.experts - expert, FEW_EXPERTS) : 0;
+    float4 *router = x + ROWS * fours;
+    launch_dependents();
+    const float4 *from = (const float4 *)r.router + (uint64_t)expert * fours;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < experts * fours; i += NORM_THREADS)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(router + i)),
+                     "l"(from + i)
+                     : "memory");
+    const float4 norm_ahead = own_norm(r.norm);
+    wait_for_predecessor();
+    norm_rows<ROWS>(r.norm, 0, ROWS, norm_ahead, x);
+    const uint32_t e = warp % FEW_EXPERTS, row = warp / FEW_EXPERTS;
+    if (e < experts && row < ROWS) {
+        const uint32_t lane = threadIdx.x % 32;
+        float logit = 0;
+#pragma unroll 8
+        for (uint32_t i = lane; i < fours; i += 32)
+            logit = dot4(router[e * fours + i], x[row * fours + i], logit);
+        logit = route_sum(logit);
+        if (lane == 0)
+            r.logits[row * r.experts + expert + e] = logit;
+    }
+    round_rows(r.norm, 0, ROWS, x);
+}
+
+/* Norm and logits of ROWS rows and EXPERTS experts, a warp TILE_ROWS by TILE_EXPERTS of them. */
 template <int ROWS, int EXPERTS, int TILE_ROWS, int TILE_EXPERTS>
-__global__ void __launch_bounds__(NORM_THREADS) few_kernel(const struct cuda_route r) {
+__global__ void __launch_bounds__(NORM_THREADS) some_kernel(const struct cuda_route r) {
     constexpr int AHEAD = 16 / TILE_EXPERTS; /* float4 of the router that a lane fetches before it can multiply */
     constexpr uint32_t EXPERT_TILES = EXPERTS / TILE_EXPERTS;
     static_assert(ROWS / TILE_ROWS * EXPERT_TILES <= NORM_WARPS, "a warp a tile");
     extern __shared__ float4 x[]; /* [ROWS][fours] */
-    __shared__ float sums[ROWS][NORM_WARPS], maxima[NORM_WARPS];
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, fours = r.norm.columns / 4;
     const uint32_t first = blockIdx.y * ROWS, rows = min(r.norm.rows - first, (uint32_t)ROWS);
     const uint32_t expert = blockIdx.x * EXPERTS + warp % EXPERT_TILES * TILE_EXPERTS;
@@ -43,37 +148,9 @@ __global__ void __launch_bounds__(NORM_THREADS) few_kernel(const struct cuda_rou
             if (busy && lane + 32 * k < fours)
                 ahead[e][k] = router[e][lane + 32 * k];
     }
-    const float4 *norm = (const float4 *)r.norm.norm, norm_ahead = norm[min(threadIdx.x, fours - 1)];
+    const float4 norm_ahead = own_norm(r.norm);
     wait_for_predecessor();
-
-    float sum[ROWS] = {};
-    for (uint32_t i = threadIdx.x; i < fours; i += NORM_THREADS) {
-        float4 value[ROWS];
-#pragma unroll
-        for (int j = 0; j < ROWS; j++)
-            value[j] = j < (int)rows ? ((const float4 *)(r.norm.x + (uint64_t)(first + j) * r.norm.columns))[i]
-                                     : make_float4(0, 0, 0, 0);
-#pragma unroll
-        for (int j = 0; j < ROWS; j++) {
-            x[j * fours + i] = value[j];
-            sum[j] = add_squares(value[j], sum[j]);
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < ROWS; j++) {
-        sum[j] = warp_reduce(sum[j], plus);
-        if (lane == 0)
-            sums[j][warp] = sum[j];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < ROWS; j++) {
-        const float factor = norm_factor(join_warps(sums[j], plus), r.norm.columns, r.norm.epsilon);
-        for (uint32_t i = threadIdx.x; i < fours; i += NORM_THREADS)
-            x[j * fours + i] = normed(x[j * fours + i], factor, i == threadIdx.x ? norm_ahead : norm[i]);
-    }
-    __syncthreads();
-
+    norm_rows<ROWS>(r.norm, first, rows, norm_ahead, x);
     if (busy) {
         const float4 *values = x + own * fours;
         float logit[TILE_EXPERTS][TILE_ROWS] = {};
@@ -102,25 +179,21 @@ __global__ void __launch_bounds__(NORM_THREADS) few_kernel(const struct cuda_rou
                     r.logits[(uint64_t)(first + own + j) * r.experts + expert + e] = result;
             }
     }
-    const uint32_t padded = padded_columns(r.norm.columns);
-    for (uint32_t j = gridDim.x - 1 - blockIdx.x; j < rows; j += gridDim.x) {
-        float greatest = 0, shrink;
-        for (uint32_t i = threadIdx.x; i < fours; i += NORM_THREADS)
-            greatest = greater(greatest, greatest_of(x[j * fours + i]));
-        const float scale = rounding_scale(block_reduce(greatest, greater, maxima), shrink);
-        uint2 *out = (uint2 *)((half *)r.norm.out.half + (uint64_t)(first + j) * padded);
-        for (uint32_t i = threadIdx.x; i < padded / 4; i += NORM_THREADS)
-            store_rounded(r.norm.out, out, i, i < fours ? rounded(x[j * fours + i], shrink) : make_uint2(0, 0));
-        if (threadIdx.x == 0)
-            r.norm.out.scale[first + j] = scale;
-        __syncthreads();
-    }
+    round_rows(r.norm, first, rows, x);
+}
+
+__device__ __forceinline__ uint32_t warp_sum(uint32_t value) {
+    return __reduce_add_sync(0xffffffffu, value);
+}
+
+__device__ __forceinline__ uint64_t warp_sum(uint64_t value) {
+    return warp_reduce(value, [](uint64_t a, uint64_t b) { return a + b; });
 }
 
 /* Orders floats as integers; NaN below everything, so that it is chosen last. 0: taken, or not there. */
 __device__ __forceinline__ uint32_t order_key(float value) {
-    const uint32_t bits = __float_as_uint(value);
-    return value != value ? 1 : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    const int bits = __float_as_int(value);
+    return value != value ? 1 : (uint32_t)(bits ^ (bits >> 31 | INT32_MIN));
 }
 
 __device__ __forceinline__ float key_value(uint32_t key) {
@@ -128,54 +201,63 @@ __device__ __forceinline__ float key_value(uint32_t key) {
 }
 
 /*
- * One warp chooses the experts of a row, of at most 32 * PER_LANE: `used` times the greatest of what is left. Softmax over
- * the chosen equals renormalizing the whole one. Lane i < used gets the expert of rank i.
+ * One warp chooses the experts of a row, of at most 32 * PER_LANE: `used` times the greatest of what is left. Softmax
+ * over the chosen equals renormalizing the whole one. chosen[i], in shared memory, gets the expert of rank i, and so
+ * does lane i < used.
  */
 template <int PER_LANE>
-__device__ __forceinline__ uint32_t select_row(const struct cuda_route &r, uint32_t row, uint32_t lane) {
-    const float *logits = r.logits + (uint64_t)row * r.experts;
-    uint32_t keys[PER_LANE];
-    bool nan = false;
+__device__ __forceinline__ uint32_t select_row(const struct cuda_route &r, uint32_t row, uint32_t lane,
+                                               uint32_t *chosen) {
+    const uint32_t own = lane * PER_LANE;
+    const float *logits = r.logits + (uint64_t)row * r.experts + own;
+    float logit[PER_LANE], greatest = 0;
+    uint32_t keys[PER_LANE]; /* of neighbours: of equal ones the lowest lane has the lowest id */
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-        const uint32_t e = lane + 32 * i;
-        keys[i] = 0;
-        if (e < r.experts) {
-            const float logit = logits[e];
-            nan = nan || !(fabsf(logit) <= 3.4e38f);
-            keys[i] = order_key(logit);
-        }
+    for (uint32_t i = 0; i < PER_LANE; i++)
+        logit[i] = own + i < r.experts ? logits[i] : 0;
+#pragma unroll
+    for (uint32_t i = 0; i < PER_LANE; i++) {
+        greatest = greater(greatest, fabsf(logit[i]));
+        keys[i] = own + i < r.experts ? order_key(logit[i]) : 0;
     }
-    nan = __any_sync(0xffffffffu, nan);
-    uint32_t own_top = 0, chosen = 0;
+    const bool finite = __all_sync(0xffffffffu, greatest <= 3.4e38f);
+    uint32_t own_top = 0;
+#pragma unroll 1
     for (uint32_t rank = 0; rank < r.used; rank++) {
-        uint32_t best = 0, at = 0;
+        uint32_t best = keys[0], at = 0;
 #pragma unroll
-        for (int i = 0; i < PER_LANE; i++)
+        for (int i = 1; i < PER_LANE; i++)
             if (keys[i] > best) {
                 best = keys[i];
-                at = lane + 32 * i;
+                at = i;
             }
         const uint32_t top = __reduce_max_sync(0xffffffffu, best);
-        const uint32_t expert = __reduce_min_sync(0xffffffffu, best == top ? at : UINT32_MAX);
+        const uint32_t equal = __ballot_sync(0xffffffffu, best == top);
+        const bool won = best == top && (equal & ((1u << lane) - 1)) == 0;
 #pragma unroll
-        for (int i = 0; i < PER_LANE; i++)
-            if (lane + 32 * i == expert)
+        for (uint32_t i = 0; i < PER_LANE; i++)
+            if (won && i == at)
                 keys[i] = 0;
-        if (lane == rank) {
+        if (won)
+            chosen[rank] = own + at;
+        if (lane == rank)
             own_top = top;
-            chosen = expert;
-        }
     }
-    const float logit = key_value(own_top), mine = expf(logit - __shfl_sync(0xffffffffu, logit, 0));
-    float total = 0;
-    for (uint32_t rank = 0; rank < r.used; rank++)
-        total += __shfl_sync(0xffffffffu, mine, rank);
+    __syncwarp();
+    const float value = key_value(own_top), first = __shfl_sync(0xffffffffu, value, 0);
+    const float mine = lane < r.used ? expf(value - first) : 0;
+    float total = 0; /* rank by rank; those that there are not add 0 */
+#pragma unroll 1
+    for (uint32_t rank = 0; rank < r.used; rank += 8)
+#pragma unroll
+        for (uint32_t i = 0; i < 8; i++)
+            total += __shfl_sync(0xffffffffu, mine, rank + i);
+    const uint32_t expert = lane < r.used ? chosen[lane] : 0;
     if (lane < r.used) {
-        r.chosen[row * r.used + lane] = chosen;
-        r.weights[row * r.used + lane] = nan ? NAN : mine / total;
+        r.chosen[row * r.used + lane] = expert;
+        r.weights[row * r.used + lane] = finite ? mine / total : NAN;
     }
-    return chosen;
+    return expert;
 }
 
 /* Rows of each block of the choice and of the sort. */
@@ -186,7 +268,7 @@ __host__ __device__ __forceinline__ uint32_t block_rows(uint32_t rows) {
 
 /* A block's rows: their experts, and how often it has each of these. */
 template <int PER_LANE> __global__ void __launch_bounds__(SELECT_WARPS * 32) select_kernel(const struct cuda_route r) {
-    __shared__ uint32_t counts[CUDA_EXPERTS_MAX];
+    __shared__ uint32_t counts[CUDA_EXPERTS_MAX], chosen[SELECT_WARPS][CUDA_EXPERTS_USED_MAX];
     const uint32_t lane = threadIdx.x % 32, share = block_rows(r.norm.rows), first = blockIdx.x * share;
     launch_dependents();
     for (uint32_t e = threadIdx.x; e < r.experts; e += blockDim.x)
@@ -194,7 +276,7 @@ template <int PER_LANE> __global__ void __launch_bounds__(SELECT_WARPS * 32) sel
     wait_for_predecessor();
     __syncthreads();
     for (uint32_t row = first + threadIdx.x / 32; row < min(first + share, r.norm.rows); row += SELECT_WARPS) {
-        const uint32_t expert = select_row<PER_LANE>(r, row, lane);
+        const uint32_t expert = select_row<PER_LANE>(r, row, lane, chosen[threadIdx.x / 32]);
         if (lane < r.used)
             atomicAdd(&counts[expert], 1);
     }
@@ -205,31 +287,41 @@ template <int PER_LANE> __global__ void __launch_bounds__(SELECT_WARPS * 32) sel
 
 /*
  * A block puts the assignments first .. last into their experts' lists. Thread i has expert i: `count` assignments, of
- * which `before` are other blocks' and stand before this one's. next: [CUDA_EXPERTS_MAX], shared. The first block makes
- * the items.
+ * which `before` are other blocks' and stand before this one's. next: [blockDim.x], shared. The first block makes the
+ * items. SUM: holds both sums over all experts, of assignments and of items, in half of its bits each.
  */
+template <class SUM>
 __device__ __forceinline__ void sort_assignments(const struct cuda_route &r, const uint32_t *chosen, uint32_t first,
                                                  uint32_t last, uint32_t count, uint32_t before, uint32_t *next) {
-    __shared__ uint64_t warps[SORT_THREADS / 32];
-    const uint32_t i = threadIdx.x, lane = i % 32, pieces = (count + r.item_tokens - 1) / r.item_tokens;
-    uint64_t sum = warp_scan((uint64_t)count << 32 | pieces, lane); /* of both, over the experts up to this thread's */
+    constexpr int HALF = 4 * sizeof(SUM);
+    __shared__ SUM warps[SORT_THREADS / 32];
+    const uint32_t i = threadIdx.x, lane = i % 32;
+    uint32_t pieces = 0;
+    if (HALF == 16) /* few: no division */
+        for (uint32_t left = count; left > 0; left -= min(left, r.item_tokens))
+            pieces++;
+    else
+        pieces = (count + r.item_tokens - 1) / r.item_tokens;
+    SUM sum = warp_scan((SUM)count << HALF | pieces, lane); /* of both, over the experts up to this thread's */
     if (lane == 31)
         warps[i / 32] = sum;
     __syncthreads();
-    const uint64_t below = lane < i / 32 ? warps[lane] : 0;
-    sum += warp_reduce(below, [](uint64_t a, uint64_t b) { return a + b; });
-    const uint32_t start = (uint32_t)(sum >> 32) - count, first_item = (uint32_t)sum - pieces;
+    sum += warp_sum(lane < i / 32 ? warps[lane] : 0);
+    const uint32_t start = (uint32_t)(sum >> HALF) - count;
+    const uint32_t items = (uint32_t)(sum & ((SUM)1 << HALF) - 1), first_item = items - pieces;
     next[i] = start + before;
     __syncthreads();
     /* Where among its block's an assignment stands is left to chance: no result depends on it. */
-    for (uint32_t a = first + i; a < last; a += SORT_THREADS)
+#pragma unroll 1
+    for (uint32_t a = first + i; a < last; a += blockDim.x)
         r.order[atomicAdd(&next[chosen[a]], 1)] = a;
     if (blockIdx.x > 0)
         return;
+#pragma unroll 1
     for (uint32_t j = 0; j < pieces; j++)
         r.items[first_item + j] = {i, start + j * r.item_tokens, min(r.item_tokens, count - j * r.item_tokens)};
-    if (i == SORT_THREADS - 1)
-        *r.item_count = (uint32_t)sum;
+    if (i == blockDim.x - 1)
+        *r.item_count = items;
 }
 
 __global__ void __launch_bounds__(SORT_THREADS) sort_kernel(const struct cuda_route r) {
@@ -253,48 +345,59 @@ __global__ void __launch_bounds__(SORT_THREADS) sort_kernel(const struct cuda_ro
         atomicAdd(&before[expert], count_before);
     }
     __syncthreads();
-    sort_assignments(r, r.chosen, first * r.used, last * r.used, all[threadIdx.x], before[threadIdx.x], all);
+    sort_assignments<uint64_t>(r, r.chosen, first * r.used, last * r.used, all[threadIdx.x], before[threadIdx.x], all);
 }
 
+/* A thread for each expert at least. */
 template <int PER_LANE> __global__ void __launch_bounds__(SORT_THREADS) select_sort_kernel(const struct cuda_route r) {
     __shared__ uint32_t chosen[SORTED_ROWS * CUDA_EXPERTS_USED_MAX], counts[CUDA_EXPERTS_MAX];
+    static_assert(SORTED_ROWS * CUDA_EXPERTS_USED_MAX <= UINT16_MAX, "sums in half of a uint32_t");
     const uint32_t lane = threadIdx.x % 32;
     launch_dependents();
     counts[threadIdx.x] = 0;
     __syncthreads();
     wait_for_predecessor();
-    for (uint32_t row = threadIdx.x / 32; row < r.norm.rows; row += SORT_THREADS / 32) {
-        const uint32_t expert = select_row<PER_LANE>(r, row, lane);
-        if (lane < r.used) {
-            chosen[row * r.used + lane] = expert;
+#pragma unroll 1
+    for (uint32_t row = threadIdx.x / 32; row < r.norm.rows; row += blockDim.x / 32) {
+        const uint32_t expert = select_row<PER_LANE>(r, row, lane, chosen + row * r.used);
+        if (lane < r.used)
             atomicAdd(&counts[expert], 1);
-        }
     }
     __syncthreads();
-    sort_assignments(r, chosen, 0, r.norm.rows * r.used, counts[threadIdx.x], 0, counts);
+    sort_assignments<uint32_t>(r, chosen, 0, r.norm.rows * r.used, counts[threadIdx.x], 0, counts);
 }
 
 static_assert(SORT_THREADS == CUDA_EXPERTS_MAX, "one thread an expert");
 
+/* A block of `kernel` keeps `kept` rows of floats in shared memory. */
+template <class KERNEL>
+cudaError_t launch_rows(KERNEL *kernel, dim3 grid, uint32_t kept, const struct cuda_route *r, cudaStream_t stream) {
+    const size_t shared = kept * r->norm.columns * sizeof(float);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    return error ? error : launch(kernel, grid, dim3(NORM_THREADS), shared, stream, *r);
+}
+
+template <int ROWS> cudaError_t launch_few(const struct cuda_route *r, cudaStream_t stream) {
+    const dim3 grid((r->experts + FEW_EXPERTS - 1) / FEW_EXPERTS + 1);
+    return launch_rows(few_kernel<ROWS>, grid, ROWS + FEW_EXPERTS, r, stream);
+}
+
 /* SPARE: blocks without experts. */
 template <int ROWS, int EXPERTS, int TILE_ROWS, int TILE_EXPERTS, int SPARE>
-cudaError_t launch_few(const struct cuda_route *r, cudaStream_t stream) {
-    const auto kernel = few_kernel<ROWS, EXPERTS, TILE_ROWS, TILE_EXPERTS>;
-    const size_t shared = ROWS * r->norm.columns * sizeof(float);
+cudaError_t launch_some(const struct cuda_route *r, cudaStream_t stream) {
     const dim3 grid((r->experts + EXPERTS - 1) / EXPERTS + SPARE, (r->norm.rows + ROWS - 1) / ROWS);
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    return error ? error : launch(kernel, grid, dim3(NORM_THREADS), shared, stream, *r);
+    return launch_rows(some_kernel<ROWS, EXPERTS, TILE_ROWS, TILE_EXPERTS>, grid, ROWS, r, stream);
 }
 
 /* Blocks are as many as run at a time, or fewer: with 16 rows and 128 experts 132, with 64 or 128 rows 128. */
 cudaError_t norm_and_logits(const struct cuda_route *r, cudaStream_t stream) {
-    const uint32_t rows = r->norm.rows, most = FEW_FLOATS / r->norm.columns;
+    const uint32_t rows = r->norm.rows, most = KEPT_FLOATS / r->norm.columns;
+    if (rows <= 2 && most >= 4)
+        return rows == 1 ? launch_few<1>(r, stream) : launch_few<2>(r, stream);
     if (rows <= 16 && most >= 4)
-        return rows == 1   ? launch_few<1, 4, 1, 1, 1>(r, stream)
-               : rows == 2 ? launch_few<2, 4, 1, 1, 1>(r, stream)
-                           : launch_few<4, 4, 1, 1, 1>(r, stream);
-    if (rows <= FEW_ROWS && most >= 8)
-        return rows <= FEW_ROWS / 2 ? launch_few<8, 8, 2, 2, 0>(r, stream) : launch_few<8, 16, 4, 2, 0>(r, stream);
+        return launch_some<4, 4, 1, 1, 1>(r, stream);
+    if (rows <= SOME_ROWS && most >= 8)
+        return rows <= SOME_ROWS / 2 ? launch_some<8, 8, 2, 2, 0>(r, stream) : launch_some<8, 16, 4, 2, 0>(r, stream);
     const cudaError_t error = cuda_norm(&r->norm, stream);
     return error ? error : route_logits(r, stream);
 }
@@ -303,8 +406,10 @@ template <int PER_LANE> cudaError_t route(const struct cuda_route *r, cudaStream
     const cudaError_t error = norm_and_logits(r, stream);
     if (error != cudaSuccess)
         return error;
-    if (r->norm.rows <= SORTED_ROWS)
-        return launch(select_sort_kernel<PER_LANE>, dim3(1), dim3(SORT_THREADS), 0, stream, *r);
+    if (r->norm.rows <= SORTED_ROWS) {
+        const uint32_t warps = max((r->experts + 31) / 32, r->norm.rows);
+        return launch(select_sort_kernel<PER_LANE>, dim3(1), dim3(32 * warps), 0, stream, *r);
+    }
     const uint32_t share = block_rows(r->norm.rows);
     const dim3 blocks((r->norm.rows + share - 1) / share);
     const cudaError_t selected = launch(select_kernel<PER_LANE>, blocks, dim3(SELECT_WARPS * 32), 0, stream, *r);
