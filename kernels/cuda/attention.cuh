@@ -22,7 +22,7 @@ constexpr uint32_t ATTENTION_PIECE_BLOCKS = CUDA_KV_PIECE / CUDA_KV_BLOCK;
 struct attention_parameters {
     const half *q;
     half *cache;
-    struct cuda_rope rope; /* of split_kernel, with it */
+    struct cuda_rope rope; /* or none */
     float q_scale;
     const uint32_t *position, *table, *tables, *tiles, *tile_rows;
     float *partial, *y; /* partial: [rows][heads][pieces][head_dim], not divided by the sum of weights */
@@ -35,6 +35,8 @@ struct attention_parameters {
 /* All pieces of rows of tiles, eight tiles a block, by Hopper's matrix unit, where device, build and dimension allow it. */
 bool attention_many_runs(uint32_t head_dim);
 cudaError_t attention_many(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
+/* All pieces of rows with rope, a block each: where cuda_attention_takes_rope. */
+cudaError_t attention_decode(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
 /* Joins p.partial and p.stats of all rows, and rounds these where p.out wants it. */
 cudaError_t attention_join(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
 

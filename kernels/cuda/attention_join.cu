@@ -6,138 +6,178 @@
 
 namespace {
 
-constexpr int JOIN_THREADS = 256, JOIN_WARPS = JOIN_THREADS / 32, JOIN_PARTS = 8;
+constexpr uint32_t JOIN_PARTS = 8; /* blocks that round a row together */
+
+/* A warp's copy of 32 dimensions of 32 pieces, and of each piece the factors of what was before and of it, and its sum. */
+struct join_piece {
+    float partial[32];
+    float keep, add, sum, unused;
+};
+constexpr uint32_t JOIN_PIECES = 32;
+
+/* Copies 16 bytes, seen by the warp after join_copied. */
+__device__ __forceinline__ void join_copy(float *to, const float *from) {
+#if __CUDA_ARCH__ >= 900
+    copy_sixteen(to, from);
+#else
+    *(float4 *)to = *(const float4 *)from;
+#endif
+}
+
+__device__ __forceinline__ void join_copied() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+    __syncwarp();
+}
 
 /*
- * One warp joins the pieces of a head, [piece][DIM] and {max, sum} of each, for OWN dimensions a lane: out[i] is
- * dimension lane + 32 i from `partial` on. Lane l makes the factors of a round's piece l: the maxima before and after it
- * are the greatest of the pieces until then.
+ * One warp joins the pieces of a head, {max, sum} of each in `stats`, for dimension `lane` from `partial` on, where rows
+ * are DIM apart. Lane l makes the factors of a round's piece l: the maxima before and after it are the greatest of the
+ * pieces until then.
  */
-template <int DIM, int OWN>
-__device__ __forceinline__ void join_pieces(const float *partial, const float2 *stats, uint32_t pieces,
-                                            int lane, float *out) {
-    constexpr int AT_ONCE = 32 / OWN;
-    float max = -INFINITY, sum = 0;
-#pragma unroll
-    for (int d = 0; d < OWN; d++)
-        out[d] = 0;
-    for (uint32_t done = 0; done < pieces; done += AT_ONCE) {
-        const int count = (int)min(pieces - done, (uint32_t)AT_ONCE);
-        const float2 own = lane < count ? stats[done + lane] : make_float2(-INFINITY, 0.0f);
-        float part[AT_ONCE][OWN];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-#pragma unroll
-            for (int d = 0; d < OWN; d++)
-                part[i][d] = i < count ? partial[(uint64_t)(done + i) * DIM + lane + 32 * d] : 0.0f;
+template <int DIM>
+__device__ __forceinline__ float join_pieces(const float *partial, const float2 *stats, uint32_t pieces, uint32_t lane,
+                                             join_piece *copies) {
+    float max = -INFINITY, sum = 0, out = 0;
+#pragma unroll 1
+    for (uint32_t left = pieces;;) {
+        const uint32_t count = min(left, JOIN_PIECES);
+#pragma unroll 1
+        for (uint32_t i = lane / 8; i < count; i += 4)
+            join_copy(copies[i].partial + lane % 8 * 4, partial + i * DIM + lane % 8 * 4);
+        const float2 own = lane < count ? stats[lane] : make_float2(-INFINITY, 0.0f);
         float after = next_maximum(max, own.x);
-#pragma unroll
-        for (int offset = 1; offset < AT_ONCE; offset *= 2) {
+#pragma unroll 1
+        for (uint32_t offset = 1; offset < count; offset *= 2) {
             const float other = __shfl_up_sync(0xffffffffu, after, offset);
             if (lane >= offset)
                 after = next_maximum(other, after);
         }
         const float shifted = __shfl_up_sync(0xffffffffu, after, 1), before = lane ? shifted : max;
-        const float keep = rescale(before, after), add = rescale(own.x, after);
+        *(float4 *)&copies[lane].keep = make_float4(rescale(before, after), rescale(own.x, after), own.y, 0);
+        join_copied();
+#pragma unroll 1
+        for (uint32_t i = 0; i < count; i += 4) {
+            float4 of[4];
+            float part[4];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            if (i < count) {
-                const float k = __shfl_sync(0xffffffffu, keep, i), a = __shfl_sync(0xffffffffu, add, i);
-                sum = join(sum, k, __shfl_sync(0xffffffffu, own.y, i), a);
-#pragma unroll
-                for (int d = 0; d < OWN; d++)
-                    out[d] = join(out[d], k, part[i][d], a);
+            for (uint32_t k = 0; k < 4; k++) {
+                of[k] = *(const float4 *)&copies[i + k].keep;
+                part[k] = copies[i + k].partial[lane];
             }
-        max = __shfl_sync(0xffffffffu, after, count - 1);
-    }
 #pragma unroll
-    for (int d = 0; d < OWN; d++)
-        out[d] = quotient(out[d], sum);
+            for (uint32_t k = 0; k < 4; k++)
+                if (i + k < count) {
+                    sum = join(sum, of[k].x, of[k].z, of[k].y);
+                    out = join(out, of[k].x, part[k], of[k].y);
+                }
+        }
+        if (left == count)
+            return quotient(out, sum);
+        max = __shfl_sync(0xffffffffu, after, count - 1); /* and all are done with the copies */
+        left -= count;
+        partial += count * DIM;
+        stats += count;
+    }
 }
 
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
 #endif
 }
 
-/* The greatest of `value` in all blocks of the cluster, which have arrived once; `shared` has a float for each. */
-__device__ __forceinline__ float cluster_greatest(float value, float *shared) {
+__device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-    if (threadIdx.x < gridDim.x) {
-        uint32_t to;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                     : "=r"(to)
-                     : "r"(shared_address(shared + blockIdx.x)), "r"(threadIdx.x));
-        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
-    }
-    cluster_arrive();
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-    for (uint32_t i = 0; i < gridDim.x; i++)
-        value = greater(value, shared[i]);
 #endif
-    return value;
 }
 
-template <int DIM> struct join_shape {
-    static constexpr int own = DIM % 64 ? 1 : 2;       /* dimensions of a lane */
-    static constexpr uint32_t units = DIM / (32 * own); /* of a head, a warp each */
-};
+/* Writes to the same place of block `part` of the cluster, and counts at its barrier. */
+__device__ __forceinline__ void cluster_send(uint32_t *to, uint32_t value, uint64_t *barrier, uint32_t part) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n"
+                 ".reg .u32 to, barrier;\n"
+                 "mapa.shared::cluster.u32 to, %0, %3;\n"
+                 "mapa.shared::cluster.u32 barrier, %2, %3;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [to], %1, [barrier];\n"
+                 "}\n" ::"r"(shared_address(to)),
+                 "r"(value), "r"(shared_address(barrier)), "r"(part)
+                 : "memory");
+#endif
+}
 
 /*
- * Joins the pieces of row blockIdx.y, a warp a unit, and rounds the row. Its blocks are a cluster, or one; each takes
- * block_units of the row's units.
+ * Joins the pieces of row blockIdx.y, whose blocks share its padded columns, a thread each. Where p.out.half is given these
+ * are JOIN_PARTS, a cluster, and round the row.
  */
-template <int DIM>
-__global__ void __launch_bounds__(JOIN_THREADS) join_kernel(const attention_parameters p, uint32_t block_units) {
-    constexpr int OWN = join_shape<DIM>::own, UNIT = 32 * OWN;
-    constexpr uint32_t HEAD_UNITS = join_shape<DIM>::units;
-    extern __shared__ __align__(16) float values[]; /* the block's part of the row */
-    __shared__ float maxima[JOIN_WARPS], parts[JOIN_PARTS];
-    const uint32_t row = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, units = p.heads * HEAD_UNITS;
-    const uint32_t first = min(blockIdx.x * block_units, units), end = min(first + block_units, units);
+template <int DIM> __global__ void __launch_bounds__(1024) join_kernel(const attention_parameters p) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    __shared__ uint32_t greatest[32], parts[JOIN_PARTS]; /* of warps, of blocks: bits of absolute values; a NaN's are greatest */
+    __shared__ uint64_t barrier;
+    const uint32_t thread = threadIdx.x, lane = thread % 32, row = blockIdx.y;
+    const uint32_t column = blockIdx.x * blockDim.x + thread, head = column / DIM;
     const uint32_t pieces = p.position[row] / CUDA_KV_PIECE + 1;
-    float greatest = 0;
-    cluster_arrive();
+#if __CUDA_ARCH__ >= 900
+    if (p.out.half) {
+        if (thread == 0) {
+            barrier_create(&barrier, 1);
+            barriers_created();
+            barrier_expect(&barrier, sizeof parts);
+        }
+        cluster_arrive();
+    }
+#endif
     launch_dependents();
     wait_for_predecessor();
-    for (uint32_t unit = first + warp; unit < end; unit += JOIN_WARPS) {
-        const uint64_t at = ((uint64_t)row * p.heads + unit / HEAD_UNITS) * p.pieces;
-        float *to = p.out.half ? values + (unit - first) * UNIT : p.y + ((uint64_t)row * units + unit) * UNIT;
-        float y[OWN];
-        join_pieces<DIM, OWN>(p.partial + at * DIM + unit % HEAD_UNITS * UNIT, p.stats + at, pieces, (int)lane, y);
-#pragma unroll
-        for (int d = 0; d < OWN; d++) {
-            to[lane + 32 * d] = y[d];
-            greatest = greater(greatest, fabsf(y[d]));
-        }
+    float y = 0;
+    if (head < p.heads) {
+        const uint32_t at = (row * p.heads + head) * p.pieces;
+        y = join_pieces<DIM>(p.partial + (uint64_t)at * DIM + (column - lane) % DIM, p.stats + at, pieces, lane,
+                             (join_piece *)memory + thread - lane);
     }
-    float shrink;
-    const float scale = rounding_scale(cluster_greatest(block_reduce(greatest, greater, maxima), parts), shrink);
-    if (!p.out.half)
+    if (!p.out.half) {
+        if (head < p.heads)
+            p.y[(uint64_t)row * p.heads * DIM + column] = y;
         return;
-    const uint32_t padded = padded_columns(units * UNIT), columns = (end - first) * UNIT;
-    const uint32_t own = blockIdx.x + 1 == gridDim.x ? padded - first * UNIT : columns; /* the last one pads */
-    uint2 *to = (uint2 *)((half *)p.out.half + (uint64_t)row * padded + first * UNIT);
-    for (uint32_t i = threadIdx.x; i - lane < own / 4; i += JOIN_THREADS) { /* whole warps: interleaved() */
-        const uint2 four = i < columns / 4 ? rounded(((const float4 *)values)[i], shrink) : make_uint2(0, 0);
-        const uint2 stored = p.out.interleaved ? interleaved(four) : four;
-        if (i < own / 4)
-            to[i] = stored;
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0)
+#if __CUDA_ARCH__ >= 900
+    const uint32_t bits = __reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(y)));
+    if (lane == 0)
+        greatest[thread / 32] = bits;
+    cluster_wait();
+    __syncthreads();
+    if (thread < 32) {
+        const uint32_t all = __reduce_max_sync(0xffffffffu, thread < blockDim.x / 32 ? greatest[thread] : 0);
+        if (thread < JOIN_PARTS)
+            cluster_send(parts + blockIdx.x, all, &barrier, thread);
+    }
+    barrier_wait(&barrier, 0);
+    float shrink;
+    const float scale =
+        rounding_scale(__uint_as_float(__reduce_max_sync(0xffffffffu, parts[lane % JOIN_PARTS])), shrink);
+    const uint32_t order = column & ~30u | column << 2 & 24u | column >> 2 & 6u; /* interleaved() */
+    ((half *)p.out.half)[(uint64_t)row * JOIN_PARTS * blockDim.x + (p.out.interleaved ? order : column)] =
+        __float2half_rn(y * shrink);
+    if (column == 0)
         p.out.scale[row] = scale;
+#endif
 }
 
 template <int DIM> cudaError_t launch_join(const attention_parameters &p, cudaStream_t stream) {
-    const uint32_t parts = !launch_has_copies(join_kernel<DIM>) ? 1
-                           : p.rows < 48                        ? JOIN_PARTS
-                                                                : JOIN_PARTS / 2; /* some 200 blocks are enough */
-    const uint32_t block_units = (p.heads * join_shape<DIM>::units + parts - 1) / parts;
-    const size_t values = p.out.half ? block_units * 32 * join_shape<DIM>::own * sizeof(float) : 0;
-    return launch_clusters(parts, join_kernel<DIM>, dim3(parts, p.rows), dim3(JOIN_THREADS), values, stream, p,
-                           block_units);
+    const bool rounds = p.out.half && launch_has_copies(join_kernel<DIM>);
+    const uint32_t columns = padded_columns(p.heads * DIM), parts = rounds ? JOIN_PARTS : columns / CUDA_CHUNK;
+    const size_t shared = columns / parts * sizeof(join_piece);
+    attention_parameters joined = p;
+    if (!rounds)
+        joined.out.half = NULL;
+    cudaError_t error =
+        cudaFuncSetAttribute(join_kernel<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    error = error ? error
+                  : launch_clusters(rounds ? JOIN_PARTS : 1, join_kernel<DIM>, dim3(parts, p.rows), dim3(columns / parts),
+                                    shared, stream, joined);
+    return error || rounds || !p.out.half ? error : cuda_round(p.y, p.heads * DIM, p.rows, &p.out, stream);
 }
 
 } // namespace

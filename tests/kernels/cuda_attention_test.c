@@ -222,9 +222,16 @@ static void spoil(const struct cuda_heads *heads, uint16_t *block, uint32_t posi
             block[at * dim + d] = block[(dim + d) * CUDA_KV_BLOCK + at] = 0xffff;
 }
 
+/* A position of so many; every other time one that begins or ends a block, if there is one. */
+static uint32_t random_position(struct random *random, uint32_t length) {
+    const uint32_t position = random_below(random, length), first = position / CUDA_KV_BLOCK * CUDA_KV_BLOCK,
+                   edge = first + random_below(random, 2) * (CUDA_KV_BLOCK - 1);
+    return edge < length && random_below(random, 2) ? edge : position;
+}
+
 /*
  * Whether attention that does what cuda_rope does, split and not, makes the same y, and cache, of steps of a row of each
- * sequence and of copies of these, whose own positions the cache did not have. y: of all rows.
+ * sequence, or of the first, and of copies of these, whose own positions the cache did not have. y: of all rows.
  */
 static bool rope_within_is_same(struct random *random, const struct problem *p, const struct cuda_attention *attention,
                                 const struct cuda_rope *rope, const float *y) {
@@ -236,13 +243,14 @@ static bool rope_within_is_same(struct random *random, const struct problem *p, 
     float *got_y = malloc(ROWS * y_row), *qkv = malloc(ROWS * qkv_row);
     bool same = true;
     cuda_test_fetch(want, attention->cache, cache_bytes);
-    for (int turn = 0; turn < 6; turn++) {
-        const uint32_t rows = SEQUENCES + turn % 3 * ((ROWS - SEQUENCES) / 2);
-        const bool split = turn < 3;
+    for (int turn = 0; turn < 8; turn++) {
+        const uint32_t some = 1 + random_below(random, 16), counts[] = {some, SEQUENCES, ROWS / 2, ROWS};
+        const uint32_t rows = counts[turn % 4];
+        const bool split = turn < 4;
         uint32_t from[ROWS], position[ROWS], table[ROWS];
         memcpy(got, want, cache_bytes);
         for (uint32_t i = 0, first = 0; i < rows; i++) {
-            from[i] = i < SEQUENCES ? first + random_below(random, p->lengths[i]) : from[random_below(random, SEQUENCES)];
+            from[i] = i < SEQUENCES ? first + random_position(random, p->lengths[i]) : from[random_below(random, SEQUENCES)];
             first += i < SEQUENCES ? p->lengths[i] : 0;
             position[i] = p->position[from[i]];
             table[i] = p->table[from[i]];
