@@ -11,21 +11,25 @@ namespace {
 
 constexpr int QUERY_WARPS = 8, DECODE_THREADS = 32 * (QUERY_WARPS + 1); /* one a query head, and one for the key */
 
+/* Blocks a multiprocessor up to which four warps that share the values take less time than eight. */
+constexpr uint32_t FEW_BLOCKS = 4;
+
 template <int DIM> struct alignas(128) decode_memory {
     half blocks[ATTENTION_PIECE_BLOCKS][2 * DIM * CUDA_KV_BLOCK];
-    half q[QUERY_WARPS][DIM + 32];               /* padded, as the scores are, so that rows lie in different banks */
+    half q[QUERY_WARPS][DIM + 32]; /* padded, as the scores are, so that rows lie in different banks */
     float scores[QUERY_WARPS][CUDA_KV_PIECE + 4];
     uint64_t barrier;
 };
 
 /*
  * A block is one piece of one row for one KV head. Its cache comes before the predecessor has ended; then each warp rotates
- * a vector, multiplies one of the eight products of keys of 8 positions, and, with the weights of all, an eighth of the
- * values' dimensions. Each sum is made as in attend_block.
+ * a vector, multiplies one of the eight products of keys of 8 positions, and, where it is one of VALUE_WARPS, makes the
+ * weights of all and multiplies with its share of the values' dimensions. Each sum is made as in attend_block.
  */
-template <int DIM> __global__ void __launch_bounds__(DECODE_THREADS) decode_kernel(const attention_parameters p) {
+template <int DIM, int VALUE_WARPS>
+__global__ void __launch_bounds__(DECODE_THREADS) decode_kernel(const attention_parameters p) {
 #if __CUDA_ARCH__ >= 900
-    constexpr int TILES = DIM / 8 / QUERY_WARPS; /* of 8 dimensions, a warp's */
+    constexpr int TILES = DIM / 8 / VALUE_WARPS; /* of 8 dimensions, a warp's */
     __shared__ decode_memory<DIM> shared;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, t = lane & 3;
     const uint32_t kv_head = blockIdx.x, row = blockIdx.y, piece = blockIdx.z;
@@ -54,7 +58,7 @@ template <int DIM> __global__ void __launch_bounds__(DECODE_THREADS) decode_kern
     constexpr int OWN = DIM / 32, TURNS = OWN / 2; /* lane's: dimension lane + 32 i in [i], as in norm_and_rotate */
     const float *norm = is_key ? p.rope.k_norm : p.rope.q_norm;
     const float2 *turns = (const float2 *)p.rope.cos_sin + (uint32_t)position * (DIM / 2) + lane;
-    float x[OWN], value[OWN], weight[OWN];
+    float weight[OWN];
     float2 turn[TURNS];
 #pragma unroll
     for (int i = 0; i < OWN; i++)
@@ -66,7 +70,7 @@ template <int DIM> __global__ void __launch_bounds__(DECODE_THREADS) decode_kern
     if (is_key ? position < first + CUDA_KV_PIECE : warp < (int)p.group) {
         const uint32_t head = is_key ? p.heads + kv_head : kv_head * p.group + warp;
         const float *in = p.rope.qkv + (uint64_t)(row * (p.heads + 2 * p.kv_heads) + head) * DIM + lane;
-        float squares = 0;
+        float x[OWN], value[OWN], squares = 0;
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             x[i] = in[32 * i];
@@ -83,18 +87,19 @@ template <int DIM> __global__ void __launch_bounds__(DECODE_THREADS) decode_kern
             x[i + TURNS] = fmaf(a, turn[i].y, b * turn[i].x);
         }
         if (is_key) {
-            half *copy = shared.blocks[count - 1];
-            const uint32_t at = (uint32_t)position % CUDA_KV_BLOCK;
+            const uint32_t at = (uint32_t)position % CUDA_KV_BLOCK, key_at = at * DIM + lane,
+                           value_at = (DIM + lane) * CUDA_KV_BLOCK + at;
+            half *copy = shared.blocks[count - 1], *key = cached + key_at, *values = cached + value_at;
+            half *key_copy = copy + key_at, *values_copy = copy + value_at;
             barrier_wait(&shared.barrier, 0);
 #pragma unroll
-            for (int i = 0; i < DIM / 32; i++) {
-                const uint32_t d = lane + 32 * i, key_at = at * DIM + d, value_at = (DIM + d) * CUDA_KV_BLOCK + at;
-                cached[key_at] = copy[key_at] = __float2half_rn(x[i]);
-                cached[value_at] = copy[value_at] = __float2half_rn(value[i]);
+            for (int i = 0; i < OWN; i++) {
+                key[32 * i] = key_copy[32 * i] = __float2half_rn(x[i]);
+                values[32 * CUDA_KV_BLOCK * i] = values_copy[32 * CUDA_KV_BLOCK * i] = __float2half_rn(value[i]);
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < DIM / 32; i++)
+            for (int i = 0; i < OWN; i++)
                 shared.q[warp][lane + 32 * i] = __float2half_rn(x[i] * p.q_scale);
         }
     }
@@ -103,6 +108,7 @@ template <int DIM> __global__ void __launch_bounds__(DECODE_THREADS) decode_kern
     if (warp / 4 < count) { /* not the key's warp */
         const int block = warp / 4, j = warp % 4; /* column n of product j is position 8 (n / 2) + 2 j + n % 2 */
         const half *key = shared.blocks[block] + (8 * (g / 2) + g % 2 + 2 * j) * DIM + 8 * t;
+        const int at = CUDA_KV_BLOCK * block + 8 * t + 2 * j;
         float score[4] = {};
 #pragma unroll
         for (int d = 0; d < DIM; d += 32) {
@@ -111,37 +117,33 @@ template <int DIM> __global__ void __launch_bounds__(DECODE_THREADS) decode_kern
             mma(score, low, k.x, k.y);
             mma(score, high, k.z, k.w);
         }
-        *(float2 *)(shared.scores[g] + CUDA_KV_BLOCK * block + 8 * t + 2 * j) = make_float2(score[0], score[1]);
+        *(float2 *)(shared.scores[g] + at) = make_float2(first + at > position ? -INFINITY : score[0],
+                                                         first + at >= position ? -INFINITY : score[1]);
     }
     __syncthreads();
-    if (is_key)
+    if (warp >= VALUE_WARPS)
         return;
     attention_state<8 * TILES> s;
     s.clear();
 #pragma unroll 1
     for (int b = 0; b < count; b++) {
-        const int start = first + CUDA_KV_BLOCK * b;
         const float *from = shared.scores[g] + CUDA_KV_BLOCK * b + 8 * t;
-        float scores[16], keep[2];
-        uint32_t weights[8] = {};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            scores[4 * j] = from[2 * j];
-            scores[4 * j + 1] = from[2 * j + 1];
-        }
-        weigh_scores<1>(scores, start, &position, true, lane, s.max, s.sum, keep, weights);
-        uint32_t masks[4];
+        const float4 low = *(const float4 *)from, high = *(const float4 *)(from + 4);
+        float scores[16] = {low.x, low.y, 0, 0, low.z, low.w, 0, 0, high.x, high.y, 0, 0, high.z, high.w}, keep[2];
+        uint32_t weights[8] = {}, behind[4];
+        weigh_scores<1>(scores, 0, NULL, false, lane, s.max, s.sum, keep, weights);
+        const int bits = 16 * (position + 1 - first - CUDA_KV_BLOCK * b - 8 * t); /* of the lane's values up to `position` */
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            masks[i] = values_mask(start + 8 * t + 2 * i, position);
+            behind[i] = __funnelshift_lc(0, ~0u, max(bits - 32 * i, 0));
         const half *value = shared.blocks[b] + (DIM + 8 * TILES * warp + g) * CUDA_KV_BLOCK + 8 * t;
 #pragma unroll
         for (int n = 0; n < TILES; n++) {
             const uint4 v = *(const uint4 *)(value + 8 * n * CUDA_KV_BLOCK);
             s.out[n][0] *= keep[0];
             s.out[n][1] *= keep[0];
-            mma(s.out[n], weights, v.x & masks[0], v.y & masks[1]);
-            mma(s.out[n], weights + 4, v.z & masks[2], v.w & masks[3]);
+            mma(s.out[n], weights, v.x & ~behind[0], v.y & ~behind[1]);
+            mma(s.out[n], weights + 4, v.z & ~behind[2], v.w & ~behind[3]);
         }
     }
     const float sum = row_sum(s.sum[0]);
@@ -160,6 +162,9 @@ template <int DIM> __global__ void __launch_bounds__(DECODE_THREADS) decode_kern
 } // namespace
 
 cudaError_t attention_decode(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream) {
-    return launch(head_dim == 64 ? decode_kernel<64> : decode_kernel<128>, dim3(p.kv_heads, p.rows, p.pieces),
-                  dim3(DECODE_THREADS), 0, stream, p);
+    const bool few = p.rows * p.kv_heads * p.pieces <= FEW_BLOCKS * launch_processors();
+    auto kernel = few ? decode_kernel<128, 4> : decode_kernel<128, 8>;
+    if (head_dim == 64)
+        kernel = few ? decode_kernel<64, 4> : decode_kernel<64, 8>;
+    return launch(kernel, dim3(p.kv_heads, p.rows, p.pieces), dim3(DECODE_THREADS), 0, stream, p);
 }

@@ -6,22 +6,31 @@
 
 namespace {
 
-constexpr uint32_t JOIN_PARTS = 8; /* blocks that round a row together */
+constexpr uint32_t JOIN_PARTS = 8;   /* blocks that round a row together */
+constexpr uint32_t JOIN_HEADS = 4;   /* a block's, where it does not round */
+constexpr uint32_t JOIN_PIECES = 32; /* at a time */
+constexpr uint32_t JOIN_STEP = 2;    /* of these without going round */
 
-/* A warp's copy of 32 dimensions of 32 pieces, and of each piece the factors of what was before and of it, and its sum. */
-struct join_piece {
-    float partial[32];
-    float keep, add, sum, unused;
+/* A warp's copy of pieces of its head, and of each the factors of what was before and of it, and its sum. */
+template <int DIM> struct join_memory {
+    float partial[JOIN_PIECES][DIM];
+    float4 keep_add_sum[JOIN_PIECES];
 };
-constexpr uint32_t JOIN_PIECES = 32;
 
-/* Copies 16 bytes, seen by the warp after join_copied. */
-__device__ __forceinline__ void join_copy(float *to, const float *from) {
+/* The thread's copy of so many floats, seen after join_copied. */
+template <int COUNT> __device__ __forceinline__ void join_copy(float *to, const float *from) {
+    constexpr int WIDTH = COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < COUNT; i += WIDTH) {
 #if __CUDA_ARCH__ >= 900
-    copy_sixteen(to, from);
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to + i)), "l"(from + i),
+                     "n"(WIDTH * sizeof(float))
+                     : "memory");
 #else
-    *(float4 *)to = *(const float4 *)from;
+        for (int k = 0; k < WIDTH; k++)
+            to[i + k] = from[i + k];
 #endif
+    }
 }
 
 __device__ __forceinline__ void join_copied() {
@@ -32,20 +41,24 @@ __device__ __forceinline__ void join_copied() {
 }
 
 /*
- * One warp joins the pieces of a head, {max, sum} of each in `stats`, for dimension `lane` from `partial` on, where rows
- * are DIM apart. Lane l makes the factors of a round's piece l: the maxima before and after it are the greatest of the
- * pieces until then.
+ * One warp joins the pieces of a head, {max, sum} of each in `stats`, for DIM / 32 dimensions a lane, which begin at
+ * `partial`. Lane l makes the factors of a round's piece l: the maxima before and after it are the greatest of the pieces
+ * until then.
  */
 template <int DIM>
-__device__ __forceinline__ float join_pieces(const float *partial, const float2 *stats, uint32_t pieces, uint32_t lane,
-                                             join_piece *copies) {
-    float max = -INFINITY, sum = 0, out = 0;
+__device__ __forceinline__ void join_pieces(const float *partial, const float2 *stats, uint32_t pieces, uint32_t lane,
+                                            join_memory<DIM> &memory, float (&y)[DIM / 32]) {
+    constexpr int OWN = DIM / 32;
+    float max = -INFINITY, sum = 0;
 #pragma unroll 1
-    for (uint32_t left = pieces;;) {
-        const uint32_t count = min(left, JOIN_PIECES);
+    for (;;) {
+        const uint32_t count = min(pieces, JOIN_PIECES);
+        float *copy = memory.partial[0] + OWN * lane;
+        uint32_t i = 0;
 #pragma unroll 1
-        for (uint32_t i = lane / 8; i < count; i += 4)
-            join_copy(copies[i].partial + lane % 8 * 4, partial + i * DIM + lane % 8 * 4);
+        do {
+            join_copy<OWN>(copy + i * DIM, partial + i * DIM);
+        } while (++i < count);
         const float2 own = lane < count ? stats[lane] : make_float2(-INFINITY, 0.0f);
         float after = next_maximum(max, own.x);
 #pragma unroll 1
@@ -55,48 +68,51 @@ __device__ __forceinline__ float join_pieces(const float *partial, const float2 
                 after = next_maximum(other, after);
         }
         const float shifted = __shfl_up_sync(0xffffffffu, after, 1), before = lane ? shifted : max;
-        *(float4 *)&copies[lane].keep = make_float4(rescale(before, after), rescale(own.x, after), own.y, 0);
+        memory.keep_add_sum[lane] = make_float4(rescale(before, after), rescale(own.x, after), own.y, 0);
         join_copied();
+        i = 0;
 #pragma unroll 1
-        for (uint32_t i = 0; i < count; i += 4) {
-            float4 of[4];
-            float part[4];
+        do {
 #pragma unroll
-            for (uint32_t k = 0; k < 4; k++) {
-                of[k] = *(const float4 *)&copies[i + k].keep;
-                part[k] = copies[i + k].partial[lane];
-            }
+            for (uint32_t n = 0; n < JOIN_STEP; n++) {
+                const float4 of = memory.keep_add_sum[i + n];
+                float part[OWN];
 #pragma unroll
-            for (uint32_t k = 0; k < 4; k++)
-                if (i + k < count) {
-                    sum = join(sum, of[k].x, of[k].z, of[k].y);
-                    out = join(out, of[k].x, part[k], of[k].y);
+                for (int k = 0; k < OWN; k++)
+                    part[k] = copy[(i + n) * DIM + k];
+                if (n == 0 || i + n < count) {
+                    sum = join(sum, of.x, of.z, of.y);
+#pragma unroll
+                    for (int k = 0; k < OWN; k++)
+                        y[k] = join(y[k], of.x, part[k], of.y);
                 }
-        }
-        if (left == count)
-            return quotient(out, sum);
-        max = __shfl_sync(0xffffffffu, after, count - 1); /* and all are done with the copies */
-        left -= count;
+            }
+        } while ((i += JOIN_STEP) < count);
+        if (pieces == count)
+            break;
+        max = __shfl_sync(0xffffffffu, after, count - 1);
+        __syncwarp(); /* all are done with the factors */
+        pieces -= count;
         partial += count * DIM;
         stats += count;
     }
+#pragma unroll
+    for (int k = 0; k < OWN; k++)
+        y[k] = quotient(y[k], sum);
 }
 
-__device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;");
-#endif
 }
 
 __device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
 }
 
 /* Writes to the same place of block `part` of the cluster, and counts at its barrier. */
 __device__ __forceinline__ void cluster_send(uint32_t *to, uint32_t value, uint64_t *barrier, uint32_t part) {
-#if __CUDA_ARCH__ >= 900
     asm volatile("{\n"
                  ".reg .u32 to, barrier;\n"
                  "mapa.shared::cluster.u32 to, %0, %3;\n"
@@ -105,23 +121,30 @@ __device__ __forceinline__ void cluster_send(uint32_t *to, uint32_t value, uint6
                  "}\n" ::"r"(shared_address(to)),
                  "r"(value), "r"(shared_address(barrier)), "r"(part)
                  : "memory");
-#endif
 }
 
+/* Where a column stands once every 32 are interleaved (cuda_activation). */
+__device__ __forceinline__ uint32_t interleaved_column(uint32_t column) {
+    return column & ~30u | column << 2 & 24u | column >> 2 & 6u;
+}
+
+#endif
+
 /*
- * Joins the pieces of row blockIdx.y, whose blocks share its padded columns, a thread each. Where p.out.half is given these
- * are JOIN_PARTS, a cluster, and round the row.
+ * Joins the pieces of row blockIdx.y, a warp a head, warps behind the last head none. Where p.out.half is given the row's
+ * blocks are a cluster of JOIN_PARTS, and round it.
  */
 template <int DIM> __global__ void __launch_bounds__(1024) join_kernel(const attention_parameters p) {
+    constexpr int OWN = DIM / 32;
     extern __shared__ __align__(16) unsigned char memory[];
-    __shared__ uint32_t greatest[32], parts[JOIN_PARTS]; /* of warps, of blocks: bits of absolute values; a NaN's are greatest */
-    __shared__ uint64_t barrier;
-    const uint32_t thread = threadIdx.x, lane = thread % 32, row = blockIdx.y;
-    const uint32_t column = blockIdx.x * blockDim.x + thread, head = column / DIM;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.y;
+    const uint32_t head = blockIdx.x * (blockDim.x / 32) + warp, column = head * DIM + OWN * lane;
     const uint32_t pieces = p.position[row] / CUDA_KV_PIECE + 1;
 #if __CUDA_ARCH__ >= 900
+    __shared__ uint32_t greatest[32], parts[JOIN_PARTS]; /* of warps and of blocks: bits of an absolute value, NaN's the greatest */
+    __shared__ uint64_t barrier;
     if (p.out.half) {
-        if (thread == 0) {
+        if (threadIdx.x == 0) {
             barrier_create(&barrier, 1);
             barriers_created();
             barrier_expect(&barrier, sizeof parts);
@@ -131,35 +154,51 @@ template <int DIM> __global__ void __launch_bounds__(1024) join_kernel(const att
 #endif
     launch_dependents();
     wait_for_predecessor();
-    float y = 0;
+    float y[OWN] = {};
     if (head < p.heads) {
         const uint32_t at = (row * p.heads + head) * p.pieces;
-        y = join_pieces<DIM>(p.partial + (uint64_t)at * DIM + (column - lane) % DIM, p.stats + at, pieces, lane,
-                             (join_piece *)memory + thread - lane);
+        join_pieces<DIM>(p.partial + (uint64_t)at * DIM + OWN * lane, p.stats + at, pieces, lane,
+                         ((join_memory<DIM> *)memory)[warp], y);
     }
     if (!p.out.half) {
         if (head < p.heads)
-            p.y[(uint64_t)row * p.heads * DIM + column] = y;
+#pragma unroll
+            for (int k = 0; k < OWN; k++)
+                p.y[(uint64_t)row * p.heads * DIM + column + k] = y[k];
         return;
     }
 #if __CUDA_ARCH__ >= 900
-    const uint32_t bits = __reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(y)));
+    uint32_t bits = 0;
+#pragma unroll
+    for (int k = 0; k < OWN; k++)
+        bits = max(bits, __float_as_uint(fabsf(y[k])));
+    bits = __reduce_max_sync(0xffffffffu, bits);
     if (lane == 0)
-        greatest[thread / 32] = bits;
+        greatest[warp] = bits;
     cluster_wait();
     __syncthreads();
-    if (thread < 32) {
-        const uint32_t all = __reduce_max_sync(0xffffffffu, thread < blockDim.x / 32 ? greatest[thread] : 0);
-        if (thread < JOIN_PARTS)
-            cluster_send(parts + blockIdx.x, all, &barrier, thread);
+    if (warp == 0) {
+        const uint32_t all = __reduce_max_sync(0xffffffffu, lane < blockDim.x / 32 ? greatest[lane] : 0);
+        if (lane < JOIN_PARTS)
+            cluster_send(parts + blockIdx.x, all, &barrier, lane);
     }
     barrier_wait(&barrier, 0);
     float shrink;
     const float scale =
         rounding_scale(__uint_as_float(__reduce_max_sync(0xffffffffu, parts[lane % JOIN_PARTS])), shrink);
-    const uint32_t order = column & ~30u | column << 2 & 24u | column >> 2 & 6u; /* interleaved() */
-    ((half *)p.out.half)[(uint64_t)row * JOIN_PARTS * blockDim.x + (p.out.interleaved ? order : column)] =
-        __float2half_rn(y * shrink);
+    const uint32_t padded = padded_columns(p.heads * DIM);
+    half *to = (half *)p.out.half + (uint64_t)row * padded;
+    constexpr int PAIR = OWN % 2 ? 1 : 2;
+#pragma unroll
+    for (int k = 0; k < OWN; k += PAIR) {
+        half *at = to + (p.out.interleaved ? interleaved_column(column + k) : column + k);
+        if (column + k < padded) {
+            if constexpr (PAIR == 2)
+                *(half2 *)at = __floats2half2_rn(y[k] * shrink, y[k + 1] * shrink);
+            else
+                *at = __float2half_rn(y[k] * shrink);
+        }
+    }
     if (column == 0)
         p.out.scale[row] = scale;
 #endif
@@ -167,16 +206,17 @@ template <int DIM> __global__ void __launch_bounds__(1024) join_kernel(const att
 
 template <int DIM> cudaError_t launch_join(const attention_parameters &p, cudaStream_t stream) {
     const bool rounds = p.out.half && launch_has_copies(join_kernel<DIM>);
-    const uint32_t columns = padded_columns(p.heads * DIM), parts = rounds ? JOIN_PARTS : columns / CUDA_CHUNK;
-    const size_t shared = columns / parts * sizeof(join_piece);
+    const uint32_t all = rounds ? (padded_columns(p.heads * DIM) + DIM - 1) / DIM : p.heads;
+    const uint32_t heads = rounds ? (all + JOIN_PARTS - 1) / JOIN_PARTS : JOIN_HEADS, parts = (all + heads - 1) / heads;
+    const size_t shared = heads * sizeof(join_memory<DIM>);
     attention_parameters joined = p;
     if (!rounds)
         joined.out.half = NULL;
     cudaError_t error =
         cudaFuncSetAttribute(join_kernel<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     error = error ? error
-                  : launch_clusters(rounds ? JOIN_PARTS : 1, join_kernel<DIM>, dim3(parts, p.rows), dim3(columns / parts),
-                                    shared, stream, joined);
+                  : launch_clusters(rounds ? JOIN_PARTS : 1, join_kernel<DIM>, dim3(rounds ? JOIN_PARTS : parts, p.rows),
+                                    dim3(32 * heads), shared, stream, joined);
     return error || rounds || !p.out.half ? error : cuda_round(p.y, p.heads * DIM, p.rows, &p.out, stream);
 }
 
