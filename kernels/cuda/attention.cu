@@ -10,6 +10,11 @@
 namespace {
 
 constexpr uint32_t ROUNDED_MAX = 8192; /* dimensions of a row that are rounded at a time */
+/*
+ * Pieces of all rows, by the step's longest context, up to which each gets a block: of more, most may be behind their row's
+ * context, and blocks that only find this out take time too.
+ */
+constexpr uint32_t DECODE_BLOCKS = 1 << 15;
 constexpr uint32_t SPLIT_RING_BYTES = 192 << 10;
 
 template <int DIM> struct split_shape {
@@ -26,9 +31,7 @@ template <int DIM> struct alignas(128) split_memory {
 
 /*
  * All pieces of a tile by one warp, blocks through its ring as in split_kernel: where attention_many does not run, or
- * has but one row a tile. ROWS 1: tiles have no rows 8 to 15. With ROPE all of the cache but
- * the row's own position was there before this step: the ring fills before the predecessor has ended, and the warp puts
- * the own position into its copy.
+ * has but one row a tile. ROWS 1: tiles have no rows 8 to 15. ROPE: as for split_kernel.
  */
 template <int DIM, int ROWS, bool ROPE>
 __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(const attention_parameters p) {
@@ -117,20 +120,21 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
 
 /* One piece of one tile for one KV head, and which of its blocks is to be copied next. */
 struct split_unit {
-    uint32_t index, tile, row, kv_head, piece, block, end; /* row: the tile's first */
+    uint32_t index, tile, row, kv_head, piece, block, end, last; /* row: the tile's first; last: its last's position */
     const uint32_t *table;
 };
 
 /* The first unit at or behind `index`, in strides, that its tile's context has. Pieces come first, of all tiles. */
+template <bool ROPE>
 __device__ __forceinline__ split_unit split_unit_from(const attention_parameters &p, uint32_t index, uint32_t stride) {
     const uint32_t per_piece = p.kv_heads * p.tile_count;
     for (; index < per_piece * p.pieces; index += stride) {
         const uint32_t piece = index / per_piece, tile = index % per_piece / p.kv_heads;
-        const uint32_t rows = p.tile_rows[tile], row = p.tiles[tile];
+        const uint32_t rows = ROPE ? 1 : p.tile_rows[tile], row = ROPE ? tile : p.tiles[tile];
         if (rows == 0)
             continue;
         const uint32_t last_row = row + rows - 1, first = piece * ATTENTION_PIECE_BLOCKS;
-        const uint32_t blocks = p.position[last_row] / CUDA_KV_BLOCK + 1;
+        const uint32_t last = p.position[last_row], blocks = last / CUDA_KV_BLOCK + 1;
         if (first < blocks)
             return {index,
                     tile,
@@ -139,20 +143,24 @@ __device__ __forceinline__ split_unit split_unit_from(const attention_parameters
                     piece,
                     first,
                     min(first + ATTENTION_PIECE_BLOCKS, blocks),
+                    last,
                     p.tables + p.table[last_row]};
     }
-    return {index, 0, 0, 0, 0, 0, 0, NULL};
+    return {index, 0, 0, 0, 0, 0, 0, 0, NULL};
 }
 
-template <int DIM>
+/* ONE: the tile is one row, all of it in rows g. */
+template <int DIM, bool ONE>
 __device__ __forceinline__ void store_piece(const attention_parameters &p, const attention_rows<DIM> &rows,
                                             const split_unit &u, int lane, const attention_state<DIM> &s) {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
+    for (int r = 0; r < (ONE ? 1 : 2); r++) {
         const float sum = row_sum(s.sum[r]);
         if (rows.limit[r] < 0)
             continue;
-        const uint64_t at = (uint64_t)tile_row_head(p, u.row, u.kv_head, lane / 4 + 8 * r) * p.pieces + u.piece;
+        const uint32_t head = ONE ? u.row * p.heads + u.kv_head * p.group + lane / 4
+                                  : tile_row_head(p, u.row, u.kv_head, lane / 4 + 8 * r);
+        const uint64_t at = (uint64_t)head * p.pieces + u.piece;
 #pragma unroll
         for (int n = 0; n < DIM / 8; n++)
             *(float2 *)(p.partial + at * DIM + 8 * n + 2 * (lane & 3)) =
@@ -165,13 +173,15 @@ __device__ __forceinline__ void store_piece(const attention_parameters &p, const
 /*
  * Pieces, a warp each. Where there is a copy engine the blocks of a piece come through the warp's ring, which fills for
  * the next piece while this one is worked on; what was in the cache before this step begins its way to L2 at once.
+ * With ROPE all of the cache but the row's own position was there before this step: the ring fills before the predecessor
+ * has ended, and the warp with the own position puts it into its copy.
  */
-template <int DIM>
+template <int DIM, bool ROPE>
 __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(const attention_parameters p) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const uint32_t stride = gridDim.x * (blockDim.x / 32);
     launch_dependents();
-    split_unit next = split_unit_from(p, warp * gridDim.x + blockIdx.x, stride);
+    split_unit next = split_unit_from<ROPE>(p, warp * gridDim.x + blockIdx.x, stride);
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) unsigned char memory[];
     constexpr uint32_t bytes = split_shape<DIM>::block_bytes;
@@ -182,30 +192,45 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
         for (; next.block < next.end && !stream_full(ring); next.block++)
             stream_put(ring, {block_keys<DIM>(p, next.table[next.block], next.kv_head)}, bytes, lane);
     };
-    if (lane < (int)(next.end - next.block))
+    if (ROPE)
+        fill();
+    else if (lane < (int)(next.end - next.block))
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
                          block_keys<DIM>(p, next.table[next.block + lane], next.kv_head)),
                      "r"(bytes));
 #endif
     wait_for_predecessor();
 #if __CUDA_ARCH__ >= 900
-    fill();
+    if (!ROPE)
+        fill();
 #endif
     while (next.table) {
         const split_unit now = next;
         attention_rows<DIM> rows;
+        attention_own<DIM> own;
         attention_state<DIM> s;
-        load_rows(p, now.tile, true, now.kv_head, lane, rows);
+        if constexpr (ROPE) {
+            own.load(p, now.row, now.kv_head, lane);
+            rotate_queries(p, now.row, now.kv_head, now.last, lane, rows);
+        } else {
+            load_rows(p, now.tile, true, now.kv_head, lane, rows);
+        }
         s.clear();
-        next = split_unit_from(p, now.index + stride, stride);
+        next = split_unit_from<ROPE>(p, now.index + stride, stride);
         for (uint32_t b = now.piece * ATTENTION_PIECE_BLOCKS; b < now.end; b++) {
 #if __CUDA_ARCH__ >= 900
             fill();
             const half *keys = (const half *)stream_get(ring);
+            if constexpr (ROPE)
+                if (b == now.last / CUDA_KV_BLOCK) {
+                    own.store(p, now.last, block_keys<DIM>(p, now.table[b], now.kv_head), (half *)keys, lane);
+                    shared_seen_async();
+                    __syncwarp();
+                }
 #else
             const half *keys = block_keys<DIM>(p, now.table[b], now.kv_head);
 #endif
-            attend_block<DIM <= 128 ? DIM / 8 : 0, 2>(rows, keys, (int)(b * CUDA_KV_BLOCK), lane, s);
+            attend_block<DIM <= 128 ? DIM / 8 : 0, ROPE ? 1 : 2>(rows, keys, (int)(b * CUDA_KV_BLOCK), lane, s);
 #if __CUDA_ARCH__ >= 900
             stream_release(ring);
 #endif
@@ -213,21 +238,22 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
 #if __CUDA_ARCH__ >= 900
         fill();
 #endif
-        store_piece(p, rows, now, lane, s);
+        store_piece<DIM, ROPE>(p, rows, now, lane, s);
     }
 }
 
 /* Units go to as many multiprocessors as there are, and few have few warps. */
-template <int DIM> cudaError_t launch_split(const attention_parameters &p, cudaStream_t stream) {
-    const bool rings = launch_has_copies(split_kernel<DIM>);
+template <int DIM, bool ROPE>
+cudaError_t launch_split(const attention_parameters &p, cudaStream_t stream) {
+    const bool rings = launch_has_copies(split_kernel<DIM, ROPE>);
     constexpr uint32_t most = split_shape<DIM>::warps;
     const uint32_t units = p.tile_count * p.kv_heads * p.pieces;
     const uint32_t blocks = rings ? std::min(units, launch_processors()) : (units + most - 1) / most;
     const uint32_t warps = std::min((units + blocks - 1) / blocks, most);
     const size_t shared = rings ? warps * sizeof(split_memory<DIM>) : 0;
-    const cudaError_t error =
-        cudaFuncSetAttribute(split_kernel<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    return error ? error : launch(split_kernel<DIM>, dim3(blocks), dim3(warps * 32), shared, stream, p);
+    cudaError_t error =
+        cudaFuncSetAttribute(split_kernel<DIM, ROPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    return error ? error : launch(split_kernel<DIM, ROPE>, dim3(blocks), dim3(warps * 32), shared, stream, p);
 }
 
 template <int DIM>
@@ -250,7 +276,13 @@ template <int DIM> cudaError_t launch_dim(const attention_parameters &p, cudaStr
     if (p.out.half && columns > ROUNDED_MAX)
         return cudaErrorInvalidValue;
     if (p.partial) {
-        const cudaError_t error = p.rope.qkv ? attention_decode(p, DIM, stream) : launch_split<DIM>(p, stream);
+        cudaError_t error;
+        if constexpr (DIM == 64 || DIM == 128)
+            error = !p.rope.qkv                                         ? launch_split<DIM, false>(p, stream)
+                    : p.rows * p.kv_heads * p.pieces <= DECODE_BLOCKS ? attention_decode(p, DIM, stream)
+                                                                        : launch_split<DIM, true>(p, stream);
+        else
+            error = launch_split<DIM, false>(p, stream);
         return error ? error : attention_join(p, DIM, stream);
     }
     const bool many = attention_many_runs(DIM) && p.tile_count < p.rows;

@@ -1,6 +1,6 @@
 /*
- * Attention of decode rows that does what cuda_rope does: the first half of cuda_attention, split, with rope. Its code is
- * small on purpose: at few rows kernels take the time in which their instructions come from L2.
+ * Attention of decode rows that does what cuda_rope does: the first half of cuda_attention, split, with rope, where pieces
+ * are not so many. Its code is small on purpose: at few rows kernels take the time in which their instructions come from L2.
  */
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/barrier.cuh"
