@@ -116,6 +116,18 @@ template <int N> static __device__ __forceinline__ uint32_t tile_weights4(uint32
     return tile_bits(__hfma2(tile_half2(q), __low2half2(factor), __high2half2(factor)));
 }
 
+/* Operands of a group from its words of rows g and g + 8. */
+static __device__ __forceinline__ void tile_group4(uint32_t low, uint32_t high, half2 f0, half2 f8, uint32_t a[8]) {
+    a[0] = tile_weights4<0>(low, f0);
+    a[1] = tile_weights4<0>(high, f8);
+    a[2] = tile_weights4<1>(low, f0);
+    a[3] = tile_weights4<1>(high, f8);
+    a[4] = tile_weights4<2>(low, f0);
+    a[5] = tile_weights4<2>(high, f8);
+    a[6] = tile_weights4<3>(low, f0);
+    a[7] = tile_weights4<3>(high, f8);
+}
+
 template <> struct tile<QUANT_Q4_K> {
     uint4 q[4], row0, row8;
 
@@ -134,15 +146,7 @@ template <> struct tile<QUANT_Q4_K> {
     __device__ __forceinline__ void fragments(int group, const tile_factors &factors, uint32_t a[8]) const {
         const uint4 v = q[group / 2];
         const uint32_t low = group & 1 ? v.z : v.x, high = group & 1 ? v.w : v.y;
-        const half2 f0 = factors.of_row0(group), f8 = factors.of_row8(group);
-        a[0] = tile_weights4<0>(low, f0);
-        a[1] = tile_weights4<0>(high, f8);
-        a[2] = tile_weights4<1>(low, f0);
-        a[3] = tile_weights4<1>(high, f8);
-        a[4] = tile_weights4<2>(low, f0);
-        a[5] = tile_weights4<2>(high, f8);
-        a[6] = tile_weights4<3>(low, f0);
-        a[7] = tile_weights4<3>(high, f8);
+        tile_group4(low, high, factors.of_row0(group), factors.of_row8(group), a);
     }
 };
 
@@ -151,6 +155,19 @@ static __device__ __forceinline__ uint32_t tile_weights5(uint32_t word, uint32_t
     uint32_t q = tile_select(tile_shift<5 - 4 * N>(word), 0x01e001e0u, 0x50005000u); /* 32 + low bits */
     q = tile_select(tile_shift<9 - (4 * C + N)>(bits), 0x02000200u, q);
     return tile_bits(__hfma2(tile_half2(q), __low2half2(factor), __high2half2(factor)));
+}
+
+template <int ODD>
+static __device__ __forceinline__ void tile_group5(uint32_t low, uint32_t high, uint32_t bits, half2 f0, half2 f8,
+                                                   uint32_t a[8]) {
+    a[0] = tile_weights5<0, 2 * ODD>(low, bits, f0);
+    a[1] = tile_weights5<0, 2 * ODD + 1>(high, bits, f8);
+    a[2] = tile_weights5<1, 2 * ODD>(low, bits, f0);
+    a[3] = tile_weights5<1, 2 * ODD + 1>(high, bits, f8);
+    a[4] = tile_weights5<2, 2 * ODD>(low, bits, f0);
+    a[5] = tile_weights5<2, 2 * ODD + 1>(high, bits, f8);
+    a[6] = tile_weights5<3, 2 * ODD>(low, bits, f0);
+    a[7] = tile_weights5<3, 2 * ODD + 1>(high, bits, f8);
 }
 
 template <> struct tile<QUANT_Q5_K> {
@@ -165,19 +182,6 @@ template <> struct tile<QUANT_Q5_K> {
         row8 = FROM::read((const uint4 *)(chunk + 2560) + lane / 4 + 8);
     }
 
-    template <int ODD>
-    __device__ __forceinline__ void pairs(uint32_t low, uint32_t high, uint32_t b, half2 f0, half2 f8,
-                                          uint32_t a[8]) const {
-        a[0] = tile_weights5<0, 2 * ODD>(low, b, f0);
-        a[1] = tile_weights5<0, 2 * ODD + 1>(high, b, f8);
-        a[2] = tile_weights5<1, 2 * ODD>(low, b, f0);
-        a[3] = tile_weights5<1, 2 * ODD + 1>(high, b, f8);
-        a[4] = tile_weights5<2, 2 * ODD>(low, b, f0);
-        a[5] = tile_weights5<2, 2 * ODD + 1>(high, b, f8);
-        a[6] = tile_weights5<3, 2 * ODD>(low, b, f0);
-        a[7] = tile_weights5<3, 2 * ODD + 1>(high, b, f8);
-    }
-
     __device__ __forceinline__ tile_factors factors(float matrix_scale, int lane) const {
         return tile_factors_of(row0, row8, 32.0f, matrix_scale, lane);
     }
@@ -187,9 +191,9 @@ template <> struct tile<QUANT_Q5_K> {
         const uint32_t b = group / 2 == 0 ? bits.x : group / 2 == 1 ? bits.y : group / 2 == 2 ? bits.z : bits.w;
         const half2 f0 = factors.of_row0(group), f8 = factors.of_row8(group);
         if (group & 1)
-            pairs<1>(v.z, v.w, b, f0, f8, a);
+            tile_group5<1>(v.z, v.w, b, f0, f8, a);
         else
-            pairs<0>(v.x, v.y, b, f0, f8, a);
+            tile_group5<0>(v.x, v.y, b, f0, f8, a);
     }
 };
 
@@ -199,6 +203,44 @@ static __device__ __forceinline__ uint32_t tile_weights6(uint32_t word, uint32_t
     q = tile_select(tile_shift<8 - 2 * (4 * C + N)>(bits), 0x03000300u, q);
     const half2 centred = __hsub2(tile_half2(q), __float2half2_rn(96.0f)); /* exact */
     return tile_bits(__hmul2(centred, scale));
+}
+
+/* scales: rows g and g + 8. */
+static __device__ __forceinline__ void tile_group6(uint32_t low, uint32_t high, uint32_t bits, half2 scales,
+                                                   uint32_t a[8]) {
+    const half2 s0 = __low2half2(scales), s8 = __high2half2(scales);
+    a[0] = tile_weights6<0, 0>(low, bits, s0);
+    a[1] = tile_weights6<0, 1>(high, bits, s8);
+    a[2] = tile_weights6<1, 0>(low, bits, s0);
+    a[3] = tile_weights6<1, 1>(high, bits, s8);
+    a[4] = tile_weights6<2, 0>(low, bits, s0);
+    a[5] = tile_weights6<2, 1>(high, bits, s8);
+    a[6] = tile_weights6<3, 0>(low, bits, s0);
+    a[7] = tile_weights6<3, 1>(high, bits, s8);
+}
+
+/*
+ * Columns 8 t to 8 t + 7 lie in one half of the group: those of lanes t = 0, 1 in its first sixteen, of 2, 3 in its
+ * second. Of such a pair the even lane makes the scales {row g, row g + 8} of groups 0 to 3, the odd one of 4 to 7.
+ */
+struct tile_factors6 {
+    half2 rows[4];
+};
+
+/* d0, d8: the rows', times the matrix's scale. */
+static __device__ __forceinline__ tile_factors6 tile_factors6_of(uint4 scales0, uint4 scales8, float d0, float d8,
+                                                                 int lane) {
+    const uint32_t low0 = lane & 1 ? scales0.z : scales0.x, high0 = lane & 1 ? scales0.w : scales0.y;
+    const uint32_t low8 = lane & 1 ? scales8.z : scales8.x, high8 = lane & 1 ? scales8.w : scales8.y;
+    const int half_shift = 4 * (lane & 2);
+    tile_factors6 f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int shift = 16 * (i & 1) + half_shift;
+        f.rows[i] = __floats2half2_rn(d0 * (float)(int8_t)((i < 2 ? low0 : high0) >> shift),
+                                      d8 * (float)(int8_t)((i < 2 ? low8 : high8) >> shift));
+    }
+    return f;
 }
 
 template <> struct tile<QUANT_Q6_K> {
@@ -217,42 +259,16 @@ template <> struct tile<QUANT_Q6_K> {
         d8 = __half2float(FROM::read((const half *)(chunk + 3328) + lane / 4 + 8));
     }
 
-    /*
-     * Columns 8 t to 8 t + 7 lie in one half of the group: those of lanes t = 0, 1 in its first sixteen, of 2, 3 in its
-     * second. Of such a pair the even lane makes the scales {row g, row g + 8} of groups 0 to 3, the odd one of 4 to 7.
-     */
-    struct shared_factors {
-        half2 rows[4];
-    };
-
-    __device__ __forceinline__ shared_factors factors(float matrix_scale, int lane) const {
-        const uint32_t low0 = lane & 1 ? scales0.z : scales0.x, high0 = lane & 1 ? scales0.w : scales0.y;
-        const uint32_t low8 = lane & 1 ? scales8.z : scales8.x, high8 = lane & 1 ? scales8.w : scales8.y;
-        const int half_shift = 4 * (lane & 2);
-        shared_factors f;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int shift = 16 * (i & 1) + half_shift;
-            f.rows[i] = __floats2half2_rn(d0 * matrix_scale * (float)(int8_t)((i < 2 ? low0 : high0) >> shift),
-                                          d8 * matrix_scale * (float)(int8_t)((i < 2 ? low8 : high8) >> shift));
-        }
-        return f;
+    __device__ __forceinline__ tile_factors6 factors(float matrix_scale, int lane) const {
+        return tile_factors6_of(scales0, scales8, d0 * matrix_scale, d8 * matrix_scale, lane);
     }
 
-    __device__ __forceinline__ void fragments(int group, const shared_factors &factors, uint32_t a[8]) const {
+    __device__ __forceinline__ void fragments(int group, const tile_factors6 &factors, uint32_t a[8]) const {
         const uint4 v = q[group / 2], h = bits[group / 4];
         const uint32_t low = group & 1 ? v.z : v.x, high = group & 1 ? v.w : v.y;
         const uint32_t b = (group & 3) == 0 ? h.x : (group & 3) == 1 ? h.y : (group & 3) == 2 ? h.z : h.w;
         const half2 both = __shfl_sync(0xffffffffu, factors.rows[group & 3], group / 4, 2);
-        const half2 s0 = __low2half2(both), s8 = __high2half2(both);
-        a[0] = tile_weights6<0, 0>(low, b, s0);
-        a[1] = tile_weights6<0, 1>(high, b, s8);
-        a[2] = tile_weights6<1, 0>(low, b, s0);
-        a[3] = tile_weights6<1, 1>(high, b, s8);
-        a[4] = tile_weights6<2, 0>(low, b, s0);
-        a[5] = tile_weights6<2, 1>(high, b, s8);
-        a[6] = tile_weights6<3, 0>(low, b, s0);
-        a[7] = tile_weights6<3, 1>(high, b, s8);
+        tile_group6(low, high, b, both, a);
     }
 };
 
@@ -262,6 +278,17 @@ template <int HIGH> static __device__ __forceinline__ uint32_t tile_weights8(uin
     uint32_t biased = word ^ 0x80808080u, pair;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(pair) : "r"(biased), "r"(0x64646464u), "r"(HIGH ? 0x4342 : 0x4140));
     return tile_bits(__hmul2(__hsub2(tile_half2(pair), __float2half2_rn(1152.0f)), scale));
+}
+
+static __device__ __forceinline__ void tile_group8(uint4 v, half2 s0, half2 s8, uint32_t a[8]) {
+    a[0] = tile_weights8<0>(v.x, s0);
+    a[1] = tile_weights8<0>(v.z, s8);
+    a[2] = tile_weights8<1>(v.x, s0);
+    a[3] = tile_weights8<1>(v.z, s8);
+    a[4] = tile_weights8<0>(v.y, s0);
+    a[5] = tile_weights8<0>(v.w, s8);
+    a[6] = tile_weights8<1>(v.y, s0);
+    a[7] = tile_weights8<1>(v.w, s8);
 }
 
 template <> struct tile<QUANT_Q8_0> {
@@ -287,15 +314,7 @@ template <> struct tile<QUANT_Q8_0> {
 
     __device__ __forceinline__ void fragments(int group, float matrix_scale, uint32_t a[8]) const {
         const half2 s0 = scale(d0, group, matrix_scale), s8 = scale(d8, group, matrix_scale);
-        const uint4 v = q[group];
-        a[0] = tile_weights8<0>(v.x, s0);
-        a[1] = tile_weights8<0>(v.z, s8);
-        a[2] = tile_weights8<1>(v.x, s0);
-        a[3] = tile_weights8<1>(v.z, s8);
-        a[4] = tile_weights8<0>(v.y, s0);
-        a[5] = tile_weights8<0>(v.w, s8);
-        a[6] = tile_weights8<1>(v.y, s0);
-        a[7] = tile_weights8<1>(v.w, s8);
+        tile_group8(q[group], s0, s8, a);
     }
 };
 
@@ -362,6 +381,99 @@ template <> struct tile<QUANT_F32> {
             a[row + 4] = tile_bits(__floats2half2_rn(second.x * s, second.y * s));
             a[row + 6] = tile_bits(__floats2half2_rn(second.z * s, second.w * s));
         }
+    }
+};
+
+/*
+ * A chunk that is read where it lies in shared memory, two groups at a time: in a loop, it takes a fraction of the code
+ * of tile<TYPE>. fragments() gives what those of groups 2 i and 2 i + 1 do there. A warp calls each as a whole.
+ */
+template <int TYPE> struct tile_in_place;
+
+/* The factors of a row's groups 2 i and 2 i + 1, from the lanes that have made them (tile_factors). */
+static __device__ __forceinline__ void tile_pair_factors(const half2 row[2], int i, half2 pair[2]) {
+    const half2 own = i < 2 ? row[0] : row[1];
+    pair[0] = __shfl_sync(0xffffffffu, own, 2 * i & 3, 4);
+    pair[1] = __shfl_sync(0xffffffffu, own, 2 * i & 3 | 1, 4);
+}
+
+template <> struct tile_in_place<QUANT_Q4_K> {
+    const uint4 *q;
+    tile_factors factors;
+
+    __device__ __forceinline__ tile_in_place(const uint8_t *chunk, float matrix_scale, int lane)
+        : q((const uint4 *)chunk + lane) {
+        const uint4 *rows = (const uint4 *)(chunk + 2048) + lane / 4;
+        factors = tile_factors_of(rows[0], rows[8], 16.0f, matrix_scale, lane);
+    }
+
+    __device__ __forceinline__ void fragments(int i, uint32_t a[2][8]) const {
+        const uint4 v = q[32 * i];
+        half2 f0[2], f8[2];
+        tile_pair_factors(factors.row0, i, f0);
+        tile_pair_factors(factors.row8, i, f8);
+        tile_group4(v.x, v.y, f0[0], f8[0], a[0]);
+        tile_group4(v.z, v.w, f0[1], f8[1], a[1]);
+    }
+};
+
+template <> struct tile_in_place<QUANT_Q5_K> {
+    const uint4 *q;
+    const uint32_t *bits;
+    tile_factors factors;
+
+    __device__ __forceinline__ tile_in_place(const uint8_t *chunk, float matrix_scale, int lane)
+        : q((const uint4 *)chunk + lane), bits((const uint32_t *)(chunk + 2048) + 4 * lane) {
+        const uint4 *rows = (const uint4 *)(chunk + 2560) + lane / 4;
+        factors = tile_factors_of(rows[0], rows[8], 32.0f, matrix_scale, lane);
+    }
+
+    __device__ __forceinline__ void fragments(int i, uint32_t a[2][8]) const {
+        const uint4 v = q[32 * i];
+        half2 f0[2], f8[2];
+        tile_pair_factors(factors.row0, i, f0);
+        tile_pair_factors(factors.row8, i, f8);
+        tile_group5<0>(v.x, v.y, bits[i], f0[0], f8[0], a[0]);
+        tile_group5<1>(v.z, v.w, bits[i], f0[1], f8[1], a[1]);
+    }
+};
+
+template <> struct tile_in_place<QUANT_Q6_K> {
+    const uint4 *q;
+    const uint8_t *bits; /* the lane's, of groups 0 to 3 */
+    tile_factors6 factors;
+
+    __device__ __forceinline__ tile_in_place(const uint8_t *chunk, float matrix_scale, int lane)
+        : q((const uint4 *)chunk + lane), bits(chunk + 2048 + 16 * lane) {
+        const uint4 *scales = (const uint4 *)(chunk + 3072) + lane / 4;
+        const half *d = (const half *)(chunk + 3328) + lane / 4;
+        factors = tile_factors6_of(scales[0], scales[8], __half2float(d[0]) * matrix_scale,
+                                   __half2float(d[8]) * matrix_scale, lane);
+    }
+
+    __device__ __forceinline__ void fragments(int i, uint32_t a[2][8]) const {
+        const uint4 v = q[32 * i];
+        const uint2 b = *(const uint2 *)(bits + 512 * (i / 2) + 8 * (i & 1));
+        const half2 even = i & 1 ? factors.rows[2] : factors.rows[0], odd = i & 1 ? factors.rows[3] : factors.rows[1];
+        tile_group6(v.x, v.y, b.x, __shfl_sync(0xffffffffu, even, i / 2, 2), a[0]);
+        tile_group6(v.z, v.w, b.y, __shfl_sync(0xffffffffu, odd, i / 2, 2), a[1]);
+    }
+};
+
+template <> struct tile_in_place<QUANT_Q8_0> {
+    const uint4 *q;
+    const half *d; /* row g's */
+    float matrix_scale;
+
+    __device__ __forceinline__ tile_in_place(const uint8_t *chunk, float matrix_scale, int lane)
+        : q((const uint4 *)chunk + lane), d((const half *)(chunk + 4096) + 8 * (lane / 4)), matrix_scale(matrix_scale) {
+    }
+
+    __device__ __forceinline__ void fragments(int i, uint32_t a[2][8]) const {
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++)
+            tile_group8(q[32 * (2 * i + odd)], __float2half2_rn(__half2float(d[2 * i + odd]) * matrix_scale),
+                        __float2half2_rn(__half2float(d[64 + 2 * i + odd]) * matrix_scale), a[odd]);
     }
 };
 
