@@ -59,6 +59,7 @@ struct executor_cuda {
     struct thread_pool *pool; /* fills staging buffers, samples where histories are too long for the device */
     cudaStream_t stream;
     bool many_runs; /* cuda_matmul_many_runs() */
+    bool row_runs;  /* a step of one row has kernels of its own: cuda_row_matmul */
 
     unsigned char *kv; /* [layers][blocks] */
     size_t kv_layer_bytes;
@@ -115,6 +116,8 @@ int cuda_failed(struct status *status, cudaError_t error, const char *what);
 
 /* Whether attention of such a step cuts contexts into pieces. */
 bool cuda_shape_splits(const struct executor_cuda *cuda, const struct cuda_shape *shape);
+/* Whether cuda_row_matmul and cuda_row_mix take all of the model's layers. */
+bool cuda_row_runs(const struct executor_cuda *cuda);
 /* Enqueues one forward pass over device.* . */
 cudaError_t cuda_forward(struct executor_cuda *cuda, const struct cuda_shape *shape);
 /* Captures the forward pass of a shape; graph->exec is to be destroyed. */

@@ -27,6 +27,23 @@ bool cuda_shape_splits(const struct executor_cuda *cuda, const struct cuda_shape
                                       : shape->rows < WHOLE_ROWS || shape->context_limit > WHOLE_CONTEXT;
 }
 
+bool cuda_row_runs(const struct executor_cuda *cuda) {
+    const uint32_t used = cuda->model->config.expert_used_count;
+    bool runs = true;
+    for (uint32_t l = 0; l < cuda->model->config.block_count && runs; l++) {
+        const struct cuda_layer *layer = &cuda->weights.layers[l];
+        const struct cuda_matrix *qkv[] = {&layer->q, &layer->k, &layer->v};
+        const struct cuda_matrix *output = &layer->output, *gate = &layer->gate;
+        runs = cuda_row_takes(qkv, 3, true, 0) && cuda_row_takes(&output, 1, false, 0) && !layer->up.tiles &&
+               cuda_row_takes(&gate, 1, false, used) && cuda_row_takes_mix(&layer->down, used);
+    }
+    return runs;
+}
+
+static bool is_row(const struct executor_cuda *cuda, const struct cuda_shape *shape) {
+    return cuda->row_runs && shape->rows == 1;
+}
+
 /* As the products of the layers read it; the head reads rows as they are. */
 static struct cuda_activation activation(struct cuda_activation of, bool interleaved) {
     of.interleaved = interleaved;
@@ -45,6 +62,25 @@ static struct cuda_matmul projection(const struct cuda_matrix *w, const struct c
                                      float *y, uint32_t y_stride, enum cuda_epilogue epilogue) {
     return (struct cuda_matmul){
         .w = w, .x = x->half, .x_scale = x->scale, .y = y, .y_stride = y_stride, .tokens = rows, .epilogue = epilogue};
+}
+
+/* The norm before layer l, with what layer l - 1's experts made; behind the last layer of rows with an output only. */
+static struct cuda_norm norm_of(struct executor_cuda *cuda, const struct cuda_shape *shape, uint32_t l) {
+    const struct model_config *config = &cuda->model->config;
+    const bool last = l == config->block_count;
+    struct cuda_norm norm = {.x = cuda->x,
+                             .columns = config->embedding_length,
+                             .rows = last ? shape->outputs : shape->rows,
+                             .norm = last ? cuda->weights.output_norm : cuda->weights.layers[l].attn_norm,
+                             .epsilon = config->rms_epsilon,
+                             .select = last ? cuda->device.select : NULL,
+                             .out = activation(cuda->normed, !last && is_many(cuda, shape))};
+    if (l > 0 && !is_row(cuda, shape)) {
+        norm.experts = cuda->expert_out;
+        norm.weights = cuda->route_weights + (size_t)(l - 1) * cuda->base.info.step_tokens * config->expert_used_count;
+        norm.used = config->expert_used_count;
+    }
+    return norm;
 }
 
 static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape *shape, uint32_t l) {
@@ -83,7 +119,10 @@ static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape
         projection(&layer->output, &attended, n, cuda->x, config->embedding_length, CUDA_ADD);
 
     cudaError_t error = cudaSuccess;
-    if (many) {
+    if (is_row(cuda, shape)) {
+        const struct cuda_norm norm = norm_of(cuda, shape, l);
+        error = cuda_row_matmul(qkv, 3, &norm, NULL, cuda->stream);
+    } else if (many) {
         for (int i = 0; i < 3 && error == cudaSuccess; i++)
             error = cuda_matmul_many(&qkv[i], cuda->stream);
     } else {
@@ -96,7 +135,10 @@ static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape
     }
     error = error ? error : cuda_attention(&a, cuda->stream);
     error = error ? error : cuda_mark(cuda, "attention");
-    error = error ? error : many ? cuda_matmul_many(&output, cuda->stream) : cuda_matmul(&output, cuda->stream);
+    error = error                 ? error
+            : many                ? cuda_matmul_many(&output, cuda->stream)
+            : is_row(cuda, shape) ? cuda_row_matmul(&output, 1, NULL, NULL, cuda->stream)
+                                  : cuda_matmul(&output, cuda->stream);
     return error ? error : cuda_mark(cuda, "output");
 }
 
@@ -145,6 +187,15 @@ static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *
         .item_limit = cuda_route_item_limit(shape->rows, config->expert_count, used, tokens),
     };
 
+    if (is_row(cuda, shape)) {
+        const struct cuda_row_mix mix = {&route, &layer->down, cuda->hidden, cuda->x};
+        cudaError_t error = cuda_route_logits(&route, cuda->stream);
+        error = error ? error : cuda_mark(cuda, "norm and route");
+        error = error ? error : cuda_row_matmul(&m, 1, NULL, &route, cuda->stream);
+        error = error ? error : cuda_mark(cuda, "gate, up");
+        error = error ? error : cuda_row_mix(&mix, cuda->stream);
+        return error ? error : cuda_mark(cuda, "down");
+    }
     cudaError_t error = cuda_route(&route, cuda->stream);
     error = error ? error : cuda_mark(cuda, "norm and route");
     error = error ? error : matmul(&m, cuda->stream);
@@ -168,22 +219,8 @@ static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *
     return error ? error : cuda_mark(cuda, "down");
 }
 
-/* Adds what layer l - 1's experts made to x, and norms it for layer l; behind the last layer only rows with an output. */
 static cudaError_t norm_layer(struct executor_cuda *cuda, const struct cuda_shape *shape, uint32_t l) {
-    const struct model_config *config = &cuda->model->config;
-    const bool last = l == config->block_count;
-    struct cuda_norm norm = {.x = cuda->x,
-                             .columns = config->embedding_length,
-                             .rows = last ? shape->outputs : shape->rows,
-                             .norm = last ? cuda->weights.output_norm : cuda->weights.layers[l].attn_norm,
-                             .epsilon = config->rms_epsilon,
-                             .select = last ? cuda->device.select : NULL,
-                             .out = activation(cuda->normed, !last && is_many(cuda, shape))};
-    if (l > 0) {
-        norm.experts = cuda->expert_out;
-        norm.weights = cuda->route_weights + (size_t)(l - 1) * cuda->base.info.step_tokens * config->expert_used_count;
-        norm.used = config->expert_used_count;
-    }
+    const struct cuda_norm norm = norm_of(cuda, shape, l);
     cudaError_t error = cuda_norm(&norm, cuda->stream);
     return error ? error : cuda_mark(cuda, "norm");
 }
@@ -196,7 +233,7 @@ cudaError_t cuda_forward(struct executor_cuda *cuda, const struct cuda_shape *sh
                                config->embedding_length, cuda->device.tokens, shape->rows, cuda->x, cuda->stream);
     error = error ? error : cuda_mark(cuda, "embed");
     for (uint32_t l = 0; l < config->block_count && error == cudaSuccess; l++) {
-        error = norm_layer(cuda, shape, l);
+        error = is_row(cuda, shape) ? cudaSuccess : norm_layer(cuda, shape, l);
         error = error ? error : attention(cuda, shape, l);
         error = error ? error : experts(cuda, shape, l);
     }

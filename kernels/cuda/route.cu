@@ -190,72 +190,19 @@ __device__ __forceinline__ uint64_t warp_sum(uint64_t value) {
     return warp_reduce(value, [](uint64_t a, uint64_t b) { return a + b; });
 }
 
-/* Orders floats as integers; NaN below everything, so that it is chosen last. 0: taken, or not there. */
-__device__ __forceinline__ uint32_t order_key(float value) {
-    const int bits = __float_as_int(value);
-    return value != value ? 1 : (uint32_t)(bits ^ (bits >> 31 | INT32_MIN));
-}
-
-__device__ __forceinline__ float key_value(uint32_t key) {
-    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
-
 /*
- * One warp chooses the experts of a row, of at most 32 * PER_LANE: `used` times the greatest of what is left. Softmax
- * over the chosen equals renormalizing the whole one. chosen[i], in shared memory, gets the expert of rank i, and so
- * does lane i < used.
+ * One warp chooses the experts of a row (route_choose). chosen[i], in shared memory, gets the expert of rank i, and so does
+ * lane i < used.
  */
 template <int PER_LANE>
 __device__ __forceinline__ uint32_t select_row(const struct cuda_route &r, uint32_t row, uint32_t lane,
                                                uint32_t *chosen) {
-    const uint32_t own = lane * PER_LANE;
-    const float *logits = r.logits + (uint64_t)row * r.experts + own;
-    float logit[PER_LANE], greatest = 0;
-    uint32_t keys[PER_LANE]; /* of neighbours: of equal ones the lowest lane has the lowest id */
-#pragma unroll
-    for (uint32_t i = 0; i < PER_LANE; i++)
-        logit[i] = own + i < r.experts ? logits[i] : 0;
-#pragma unroll
-    for (uint32_t i = 0; i < PER_LANE; i++) {
-        greatest = greater(greatest, fabsf(logit[i]));
-        keys[i] = own + i < r.experts ? order_key(logit[i]) : 0;
-    }
-    const bool finite = __all_sync(0xffffffffu, greatest <= 3.4e38f);
-    uint32_t own_top = 0;
-#pragma unroll 1
-    for (uint32_t rank = 0; rank < r.used; rank++) {
-        uint32_t best = keys[0], at = 0;
-#pragma unroll
-        for (int i = 1; i < PER_LANE; i++)
-            if (keys[i] > best) {
-                best = keys[i];
-                at = i;
-            }
-        const uint32_t top = __reduce_max_sync(0xffffffffu, best);
-        const uint32_t equal = __ballot_sync(0xffffffffu, best == top);
-        const bool won = best == top && (equal & ((1u << lane) - 1)) == 0;
-#pragma unroll
-        for (uint32_t i = 0; i < PER_LANE; i++)
-            if (won && i == at)
-                keys[i] = 0;
-        if (won)
-            chosen[rank] = own + at;
-        if (lane == rank)
-            own_top = top;
-    }
-    __syncwarp();
-    const float value = key_value(own_top), first = __shfl_sync(0xffffffffu, value, 0);
-    const float mine = lane < r.used ? expf(value - first) : 0;
-    float total = 0; /* rank by rank; those that there are not add 0 */
-#pragma unroll 1
-    for (uint32_t rank = 0; rank < r.used; rank += 8)
-#pragma unroll
-        for (uint32_t i = 0; i < 8; i++)
-            total += __shfl_sync(0xffffffffu, mine, rank + i);
+    const float *logits = r.logits + (uint64_t)row * r.experts;
+    const float weight = route_weight(route_choose<PER_LANE>(logits, r.experts, r.used, lane, chosen), r.used, lane);
     const uint32_t expert = lane < r.used ? chosen[lane] : 0;
     if (lane < r.used) {
         r.chosen[row * r.used + lane] = expert;
-        r.weights[row * r.used + lane] = finite ? mine / total : NAN;
+        r.weights[row * r.used + lane] = weight;
     }
     return expert;
 }
@@ -389,21 +336,8 @@ cudaError_t launch_some(const struct cuda_route *r, cudaStream_t stream) {
     return launch_rows(some_kernel<ROWS, EXPERTS, TILE_ROWS, TILE_EXPERTS>, grid, ROWS, r, stream);
 }
 
-/* Blocks are as many as run at a time, or fewer: with 16 rows and 128 experts 132, with 64 or 128 rows 128. */
-cudaError_t norm_and_logits(const struct cuda_route *r, cudaStream_t stream) {
-    const uint32_t rows = r->norm.rows, most = KEPT_FLOATS / r->norm.columns;
-    if (rows <= 2 && most >= 4)
-        return rows == 1 ? launch_few<1>(r, stream) : launch_few<2>(r, stream);
-    if (rows <= 16 && most >= 4)
-        return launch_some<4, 4, 1, 1, 1>(r, stream);
-    if (rows <= SOME_ROWS && most >= 8)
-        return rows <= SOME_ROWS / 2 ? launch_some<8, 8, 2, 2, 0>(r, stream) : launch_some<8, 16, 4, 2, 0>(r, stream);
-    const cudaError_t error = cuda_norm(&r->norm, stream);
-    return error ? error : route_logits(r, stream);
-}
-
 template <int PER_LANE> cudaError_t route(const struct cuda_route *r, cudaStream_t stream) {
-    const cudaError_t error = norm_and_logits(r, stream);
+    const cudaError_t error = cuda_route_logits(r, stream);
     if (error != cudaSuccess)
         return error;
     if (r->norm.rows <= SORTED_ROWS) {
@@ -421,6 +355,19 @@ template <int PER_LANE> cudaError_t route(const struct cuda_route *r, cudaStream
 uint32_t cuda_route_item_limit(uint32_t rows, uint32_t experts, uint32_t used, uint32_t item_tokens) {
     const uint64_t assignments = (uint64_t)rows * used, split = assignments / item_tokens + experts;
     return (uint32_t)(assignments < split ? assignments : split);
+}
+
+/* Blocks are as many as run at a time, or fewer: with 16 rows and 128 experts 132, with 64 or 128 rows 128. */
+cudaError_t cuda_route_logits(const struct cuda_route *r, cudaStream_t stream) {
+    const uint32_t rows = r->norm.rows, most = KEPT_FLOATS / r->norm.columns;
+    if (rows <= 2 && most >= 4)
+        return rows == 1 ? launch_few<1>(r, stream) : launch_few<2>(r, stream);
+    if (rows <= 16 && most >= 4)
+        return launch_some<4, 4, 1, 1, 1>(r, stream);
+    if (rows <= SOME_ROWS && most >= 8)
+        return rows <= SOME_ROWS / 2 ? launch_some<8, 8, 2, 2, 0>(r, stream) : launch_some<8, 16, 4, 2, 0>(r, stream);
+    const cudaError_t error = cuda_norm(&r->norm, stream);
+    return error ? error : route_logits(r, stream);
 }
 
 cudaError_t cuda_route(const struct cuda_route *r, cudaStream_t stream) {
