@@ -37,7 +37,7 @@ template <int DIM, int ROWS, bool ROPE>
 __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(const attention_parameters p) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     launch_dependents();
-#if __CUDA_ARCH__ >= 900
+#if LAUNCH_COPIES
     extern __shared__ __align__(128) unsigned char memory[];
     split_memory<DIM> &shared = ((split_memory<DIM> *)memory)[warp];
     stream_ring ring = stream_create(shared.blocks, shared.barriers, split_shape<DIM>::block_bytes,
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
             continue;
         const uint32_t *table = p.tables + p.table[row];
         const uint32_t last = p.position[row + count - 1], blocks = last / CUDA_KV_BLOCK + 1;
-#if __CUDA_ARCH__ >= 900
+#if LAUNCH_COPIES
         uint32_t sent = 0;
         const auto fill = [&] {
 #pragma unroll 1
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
             piece.clear();
 #pragma unroll 1
             for (uint32_t b = first; b < min(first + ATTENTION_PIECE_BLOCKS, blocks); b++) {
-#if __CUDA_ARCH__ >= 900
+#if LAUNCH_COPIES
                 fill();
                 const half *keys = (const half *)stream_get(ring);
                 if constexpr (ROPE)
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
                 const half *keys = block_keys<DIM>(p, table[b], kv_head);
 #endif
                 attend_block<0, ROWS>(rows, keys, (int)(b * CUDA_KV_BLOCK), lane, piece);
-#if __CUDA_ARCH__ >= 900
+#if LAUNCH_COPIES
                 stream_release(ring);
 #endif
             }
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
     const uint32_t stride = gridDim.x * (blockDim.x / 32);
     launch_dependents();
     split_unit next = split_unit_from<ROPE>(p, warp * gridDim.x + blockIdx.x, stride);
-#if __CUDA_ARCH__ >= 900
+#if LAUNCH_COPIES
     extern __shared__ __align__(128) unsigned char memory[];
     constexpr uint32_t bytes = split_shape<DIM>::block_bytes;
     split_memory<DIM> &shared = ((split_memory<DIM> *)memory)[warp];
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
                      "r"(bytes));
 #endif
     wait_for_predecessor();
-#if __CUDA_ARCH__ >= 900
+#if LAUNCH_COPIES
     if (!ROPE)
         fill();
 #endif
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
         s.clear();
         next = split_unit_from<ROPE>(p, now.index + stride, stride);
         for (uint32_t b = now.piece * ATTENTION_PIECE_BLOCKS; b < now.end; b++) {
-#if __CUDA_ARCH__ >= 900
+#if LAUNCH_COPIES
             fill();
             const half *keys = (const half *)stream_get(ring);
             if constexpr (ROPE)
@@ -231,11 +231,11 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
             const half *keys = block_keys<DIM>(p, now.table[b], now.kv_head);
 #endif
             attend_block<DIM <= 128 ? DIM / 8 : 0, ROPE ? 1 : 2>(rows, keys, (int)(b * CUDA_KV_BLOCK), lane, s);
-#if __CUDA_ARCH__ >= 900
+#if LAUNCH_COPIES
             stream_release(ring);
 #endif
         }
-#if __CUDA_ARCH__ >= 900
+#if LAUNCH_COPIES
         fill();
 #endif
         store_piece<DIM, ROPE>(p, rows, now, lane, s);

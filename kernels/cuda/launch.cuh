@@ -6,6 +6,16 @@
 
 #include "kernels/cuda/cuda.h"
 
+/*
+ * Whether code is compiled with copies into rings in shared memory: from Hopper on, but not for compute capability 12, whose
+ * 100 KB a multiprocessor are too little for them.
+ */
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#define LAUNCH_COPIES 1
+#else
+#define LAUNCH_COPIES 0
+#endif
+
 /* Lets the next kernel of the stream begin; what it reads of this one's results it reads after wait_for_predecessor. */
 static __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
@@ -36,10 +46,11 @@ template <class KERNEL> static bool launch_is_hopper(KERNEL *kernel) {
            attributes.ptxVersion == 90;
 }
 
-/* Whether the kernel is compiled for Hopper or a newer GPU: with copy engine and clusters. */
+/* Whether the kernel is compiled with LAUNCH_COPIES, and clusters. */
 template <class KERNEL> static bool launch_has_copies(KERNEL *kernel) {
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
+           attributes.ptxVersion < 120;
 }
 
 /* Launches a kernel that may begin while its predecessor ends, with blocks along x in clusters of `cluster`, or in none: 1. */
