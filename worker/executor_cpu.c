@@ -221,7 +221,7 @@ static int cpu_open(const struct model *model, const struct executor_options *op
         .context_length = options->context_length ? options->context_length : config->context_length,
         .max_outputs = (uint32_t)least(options->step_tokens, most(options->max_sequences, OUTPUTS_LEAST)),
     };
-    cpu->kv_block_bytes = cpu_kv_block_bytes(config->head_dim);
+    cpu->kv_block_bytes = cpu_kv_block_bytes(QUANT_F16, config->head_dim);
 
     bool repack = false;
     struct arena arena = {.alignment = ALIGNMENT};

@@ -37,8 +37,8 @@ static void store_keys(struct executor_cpu *cpu, uint32_t row) {
         size_t at = ((size_t)row * config->head_count_kv + h) * dim;
         cpu->kernels->rms_norm(cpu->k + at, norm, dim, config->rms_epsilon, cpu->k + at);
         cpu->kernels->rope(cpu->k + at, dim, cpu->rope + (size_t)row * dim);
-        cpu->kernels->attention->store(kv_head(cpu, h) + block * kv_block_stride(cpu), position % CPU_KV_BLOCK, dim,
-                                       cpu->k + at, cpu->v + at);
+        cpu->kernels->attention->store(QUANT_F16, kv_head(cpu, h) + block * kv_block_stride(cpu),
+                                       position % CPU_KV_BLOCK, dim, cpu->k + at, cpu->v + at);
     }
 }
 
@@ -103,6 +103,7 @@ static void attend_items(void *context, uint32_t first, uint32_t end, uint32_t t
         float *partial = cpu->partial + group->partial + (size_t)head * group->tokens * heads * group->pieces * floats;
         struct cpu_attention_rows rows = {
             .head_dim = dim,
+            .type = QUANT_F16,
             .scale = 1.0f / sqrtf((float)dim),
             .q = cpu->q + ((size_t)group->row * config->head_count + head * heads) * dim,
             .token_stride = (size_t)config->head_count * dim,

@@ -4,8 +4,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/quant.h"
+
 /*
- * Causal attention over a paged f16 KV cache.
+ * Causal attention over a paged KV cache in f16 or Q8_0.
  *
  * A block holds the keys and values of CPU_KV_BLOCK consecutive positions of one sequence, for one layer and one KV
  * head. A row is one query head of one token. A row's context is cut into pieces of CPU_KV_PIECE positions, counted from
@@ -30,8 +32,13 @@ enum { CPU_KV_BLOCK = 32, CPU_KV_PIECE = 256, CPU_HEAD_DIM_MAX = 512 };
 /*
  * Bytes of one block, a multiple of 64. Inside: keys as [2 halves of 16 positions][head_dim][16], values behind them as
  * [head_dim / 32, rounded up][32 positions][32], all f16. Blocks must be 64-byte aligned; they need no initial value.
+ *
+ * In QUANT_Q8_0 they are int8, and behind them are scales in f16 of every 32 dimensions, or as many as the last group has,
+ * of keys and then of values, each [head_dim / 32, rounded up][32 positions]. Of a group d = f16(m / 127), m its greatest
+ * absolute value, and q the integer nearest to x * (127 / m), both in f32, ties to even; 0 where d is 0. Where d is not
+ * finite it is NaN. What attention reads is f16(q d); from there on all is as with QUANT_F16.
  */
-size_t cpu_kv_block_bytes(uint32_t head_dim);
+size_t cpu_kv_block_bytes(enum quant_type type, uint32_t head_dim);
 
 /* Floats of one partial result, a multiple of 16: out[head_dim], padded, then max and sum. 64-byte aligned. */
 size_t cpu_attention_partial_floats(uint32_t head_dim);
@@ -44,6 +51,7 @@ static inline uint32_t cpu_attention_pieces(uint32_t position) {
 /* The rows of one KV head: `heads` query heads of each of `tokens` consecutive tokens of one sequence. */
 struct cpu_attention_rows {
     uint32_t head_dim;      /* a multiple of 2, at most CPU_HEAD_DIM_MAX */
+    enum quant_type type;   /* of the cache: QUANT_F16 or QUANT_Q8_0 */
     float scale;            /* 1 / sqrt(head_dim) */
     const float *q;         /* head h of token t: [head_dim] floats at q + t * token_stride + h * head_dim */
     size_t token_stride;    /* in floats */
@@ -52,11 +60,13 @@ struct cpu_attention_rows {
     const void *cache;      /* block b of the sequence lies at cache + blocks[b] * block_stride */
     size_t block_stride;    /* in bytes */
     const uint32_t *blocks; /* the sequence's table, from position 0 on */
+    void *expanded;         /* with QUANT_Q8_0, room for a piece's blocks in f16; 64-byte aligned */
 };
 
 struct cpu_attention_kernels {
-    /* Writes key and value [head_dim] of one position (its number within the block) into a block. */
-    void (*store)(void *block, uint32_t index, uint32_t head_dim, const float *key, const float *value);
+    /* Writes key and value [head_dim] of one position (its number within the block) into a block of the type. */
+    void (*store)(enum quant_type type, void *block, uint32_t index, uint32_t head_dim, const float *key,
+                  const float *value);
 
     /*
      * Piece number `piece` of all rows: the partial result of head h of token t goes to

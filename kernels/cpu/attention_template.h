@@ -12,7 +12,7 @@ enum { TILE_ROWS = 4, TILE_VECTORS = 1 };
 enum { TILE_ROWS = 2, TILE_VECTORS = 1 };
 #endif
 
-enum { HALF = 16, VALUE_TILE = 32, TILE_WIDTH = TILE_VECTORS * 16 };
+enum { HALF = 16, VALUE_TILE = 32, TILE_WIDTH = TILE_VECTORS * 16, GROUP = 32 /* of Q8_0 */ };
 
 struct tile {
     _Alignas(64) float q[CPU_HEAD_DIM_MAX][TILE_ROWS];
@@ -22,7 +22,69 @@ struct tile {
     const uint16_t *blocks[CPU_KV_PIECE / CPU_KV_BLOCK];
 };
 
-static void VECTOR_NAME(store)(void *block, uint32_t index, uint32_t head_dim, const float *key, const float *value) {
+static inline uint16_t *q8_0_scales(void *block, uint32_t head_dim) {
+    uint32_t padded = (head_dim + VALUE_TILE - 1) / VALUE_TILE * VALUE_TILE;
+    return (uint16_t *)((char *)block + (size_t)CPU_KV_BLOCK * (head_dim + padded));
+}
+
+/* Makes a group of n <= GROUP dimensions of Q8_0; returns its scale. */
+static inline uint16_t group_quantize(const float *x, uint32_t n, int8_t *q) {
+    enum { INFINITE = 0x7c00, NOT_A_NUMBER = 0x7e00 };
+    uint32_t greatest = 0; /* by their bits absolute values are in order, NaN above all */
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], sizeof bits);
+        bits &= 0x7fffffff;
+        greatest = bits > greatest ? bits : greatest;
+    }
+    float most;
+    memcpy(&most, &greatest, sizeof most);
+    uint16_t scale = cpu_f32_to_f16(most / 127.0f);
+    bool finite = scale < INFINITE;
+    float factor = finite && scale > 0 ? 127.0f / most : 0;
+    for (uint32_t i = 0; i < n; i++)
+        q[i] = (int8_t)(finite ? rintf(x[i] * factor) : 0);
+    return finite ? scale : NOT_A_NUMBER;
+}
+
+static void store_q8_0(void *block, uint32_t index, uint32_t head_dim, const float *key, const float *value) {
+    uint32_t groups = (head_dim + GROUP - 1) / GROUP;
+    int8_t *keys = (int8_t *)block + (size_t)(index / HALF) * head_dim * HALF + index % HALF;
+    int8_t *values = (int8_t *)block + (size_t)CPU_KV_BLOCK * head_dim + (size_t)index * VALUE_TILE;
+    uint16_t *scales = q8_0_scales(block, head_dim) + index;
+    for (uint32_t g = 0; g < groups; g++) {
+        uint32_t d = g * GROUP, n = head_dim - d < GROUP ? head_dim - d : GROUP;
+        int8_t q[GROUP];
+        scales[g * CPU_KV_BLOCK] = group_quantize(key + d, n, q);
+        for (uint32_t i = 0; i < n; i++)
+            keys[(size_t)(d + i) * HALF] = q[i];
+        memset(q, 0, sizeof q);
+        scales[(groups + g) * CPU_KV_BLOCK] = group_quantize(value + d, n, q);
+        memcpy(values + (size_t)g * CPU_KV_BLOCK * VALUE_TILE, q, sizeof q);
+    }
+}
+
+/* A block of Q8_0 as one of f16. */
+static void expand_q8_0(const void *block, uint32_t head_dim, uint16_t *to) {
+    uint32_t groups = (head_dim + GROUP - 1) / GROUP;
+    const uint16_t *scales = q8_0_scales((void *)block, head_dim);
+    const int8_t *q = block;
+    for (uint32_t half = 0; half < CPU_KV_BLOCK / HALF; half++)
+        for (uint32_t g = 0; g < groups; g++) {
+            struct lanes scale = lanes_load_f16(scales + g * CPU_KV_BLOCK + half * HALF);
+            uint32_t n = head_dim - g * GROUP < GROUP ? head_dim - g * GROUP : GROUP;
+            for (uint32_t i = 0; i < n; i++, q += HALF, to += HALF)
+                lanes_store_f16(to, lanes_mul(lanes_load_i8(q), scale));
+        }
+    scales += groups * CPU_KV_BLOCK;
+    for (uint32_t row = 0; row < groups * CPU_KV_BLOCK; row++) {
+        struct lanes scale = lanes_set(cpu_f16_to_f32(scales[row]));
+        for (int v = 0; v < VALUE_TILE / HALF; v++, q += HALF, to += HALF)
+            lanes_store_f16(to, lanes_mul(lanes_load_i8(q), scale));
+    }
+}
+
+static void store_f16(void *block, uint32_t index, uint32_t head_dim, const float *key, const float *value) {
     uint16_t *keys = (uint16_t *)block + (size_t)(index / HALF) * head_dim * HALF + index % HALF;
     uint16_t *values = (uint16_t *)block + (size_t)CPU_KV_BLOCK * head_dim + (size_t)index * VALUE_TILE;
     for (uint32_t d = 0; d < head_dim; d += HALF) {
@@ -38,6 +100,14 @@ static void VECTOR_NAME(store)(void *block, uint32_t index, uint32_t head_dim, c
             uint32_t n = e >= head_dim ? 0 : head_dim - e < HALF ? head_dim - e : HALF;
             lanes_store_f16(values + (e - d), n == HALF ? lanes_load(value + e) : lanes_load_part(value + e, n));
         }
+}
+
+static void VECTOR_NAME(store)(enum quant_type type, void *block, uint32_t index, uint32_t head_dim, const float *key,
+                               const float *value) {
+    if (type == QUANT_Q8_0)
+        store_q8_0(block, index, head_dim, key, value);
+    else
+        store_f16(block, index, head_dim, key, value);
 }
 
 /*
@@ -182,9 +252,15 @@ static void tile_run(struct tile *tile, const struct cpu_attention_rows *rows, u
 static void VECTOR_NAME(run)(const struct cpu_attention_rows *rows, uint32_t piece, float *partial, size_t row_stride) {
     struct tile tile;
     uint32_t start = piece * CPU_KV_PIECE, end = rows->position + rows->tokens;
+    uint16_t *expanded = rows->expanded;
     for (uint32_t p = start; p < end && p < start + CPU_KV_PIECE; p += CPU_KV_BLOCK) {
         const char *cache = rows->cache;
         const void *block = cache + rows->blocks[p / CPU_KV_BLOCK] * rows->block_stride;
+        if (rows->type == QUANT_Q8_0) {
+            expand_q8_0(block, rows->head_dim, expanded);
+            block = expanded;
+            expanded += cpu_kv_block_bytes(QUANT_F16, rows->head_dim) / sizeof *expanded;
+        }
         tile.blocks[(p - start) / CPU_KV_BLOCK] = block;
     }
     uint32_t skipped = start > rows->position ? start - rows->position : 0; /* tokens that end before the piece */

@@ -33,6 +33,9 @@ static inline struct lanes lanes_load_f16(const uint16_t *p) {
 static inline void lanes_store_f16(uint16_t *p, struct lanes a) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+static inline struct lanes lanes_load_i8(const int8_t *p) {
+    return LANES(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))));
+}
 /* p[0], p[2], ... and p[1], p[3], ... of 32 floats */
 static inline void lanes_load_pairs(const float *p, struct lanes *even, struct lanes *odd) {
     const __m512i step = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
@@ -84,6 +87,10 @@ static inline struct lanes lanes_load_f16(const uint16_t *p) {
 static inline void lanes_store_f16(uint16_t *p, struct lanes a) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline struct lanes lanes_load_i8(const int8_t *p) {
+    return LANES(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))),
+                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8)))));
 }
 static inline __m256 lanes_every_other(__m256 a, __m256 b, bool odd) {
     __m256 mixed = odd ? _mm256_shuffle_ps(a, b, 0xdd) : _mm256_shuffle_ps(a, b, 0x88);
@@ -149,6 +156,7 @@ static inline void lanes_store_f16(uint16_t *p, struct lanes a) {
     for (int i = 0; i < 16; i++)
         p[i] = cpu_f32_to_f16(a.f[i]);
 }
+static inline struct lanes lanes_load_i8(const int8_t *p) { LANES_EACH((float)p[i]); }
 static inline void lanes_load_pairs(const float *p, struct lanes *even, struct lanes *odd) {
     for (int i = 0; i < 16; i++) {
         even->f[i] = p[2 * i];

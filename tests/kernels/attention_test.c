@@ -7,10 +7,13 @@
 static const struct cpu_kernels *kernels[3];
 static int isas;
 
-/* One sequence, with its keys and values as the cache rounds them. */
+/* One sequence, with its keys and values and what the cache makes of them. */
 struct sequence {
+    enum quant_type type; /* of the cache */
     uint32_t head_dim, heads, length;
-    float *q, *key, *value; /* [length][heads][head_dim], [length][head_dim] */
+    float *q, *key, *value;     /* [length][heads][head_dim], [length][head_dim] */
+    float *read_key, *read_value; /* as attention should read them */
+    void *expanded;
     unsigned char *cache;
     size_t block_bytes, block_stride;
     uint32_t *blocks, block_count;
@@ -18,7 +21,7 @@ struct sequence {
 
 static void store_position(struct sequence *s, const struct cpu_kernels *kernel, uint32_t p) {
     void *block = s->cache + s->blocks[p / CPU_KV_BLOCK] * s->block_stride;
-    kernel->attention->store(block, p % CPU_KV_BLOCK, s->head_dim, s->key + (size_t)p * s->head_dim,
+    kernel->attention->store(s->type, block, p % CPU_KV_BLOCK, s->head_dim, s->key + (size_t)p * s->head_dim,
                              s->value + (size_t)p * s->head_dim);
 }
 
@@ -28,7 +31,24 @@ static void store_all(struct sequence *s, const struct cpu_kernels *kernel) {
         store_position(s, kernel, p);
 }
 
-static void sequence_begin(struct sequence *s, uint32_t head_dim, uint32_t heads, uint32_t length) {
+/* What a cache of the type makes of a key or value, by the words of attention.h. */
+static void round_as(enum quant_type type, const float *x, uint32_t n, float *y) {
+    for (uint32_t first = 0; first < n; first += type == QUANT_F16 ? 1 : 32) {
+        const uint32_t end = type == QUANT_F16 ? first + 1 : first + 32 < n ? first + 32 : n;
+        float most = 0;
+        for (uint32_t i = first; i < end; i++)
+            most = fmaxf(most, fabsf(x[i]));
+        const float scale = cpu_f16_to_f32(cpu_f32_to_f16(most / 127));
+        for (uint32_t i = first; i < end; i++) {
+            const float q = type == QUANT_F16 ? x[i] : scale > 0 ? nearbyintf(x[i] * (127 / most)) * scale : 0;
+            y[i] = cpu_f16_to_f32(cpu_f32_to_f16(q));
+        }
+    }
+}
+
+static void sequence_begin(struct sequence *s, enum quant_type type, uint32_t head_dim, uint32_t heads,
+                           uint32_t length) {
+    s->type = type;
     s->head_dim = head_dim;
     s->heads = heads;
     s->length = length;
@@ -39,11 +59,16 @@ static void sequence_begin(struct sequence *s, uint32_t head_dim, uint32_t heads
     random_floats(s->q, cells * heads);
     random_floats(s->key, cells);
     random_floats(s->value, cells);
-    for (size_t i = 0; i < cells; i++) {
-        s->key[i] = cpu_f16_to_f32(cpu_f32_to_f16(s->key[i]));
-        s->value[i] = cpu_f16_to_f32(cpu_f32_to_f16(s->value[i]));
+    s->read_key = test_memory(cells * sizeof(float));
+    s->read_value = test_memory(cells * sizeof(float));
+    for (uint32_t d = 0, p = random_below(length); d < head_dim && d < 32; d++) /* a group too small for its scale */
+        s->value[(size_t)p * head_dim + d] *= 1e-9f;
+    for (size_t at = 0; at < cells; at += head_dim) {
+        round_as(type, s->key + at, head_dim, s->read_key + at);
+        round_as(type, s->value + at, head_dim, s->read_value + at);
     }
-    s->block_bytes = cpu_kv_block_bytes(head_dim);
+    s->expanded = test_memory(CPU_KV_PIECE / CPU_KV_BLOCK * cpu_kv_block_bytes(QUANT_F16, head_dim));
+    s->block_bytes = cpu_kv_block_bytes(type, head_dim);
     s->block_stride = s->block_bytes + 64 * random_below(3);
     s->block_count = (length + CPU_KV_BLOCK - 1) / CPU_KV_BLOCK;
     s->cache = test_memory(s->block_stride * s->block_count * 2);
@@ -61,6 +86,9 @@ static void sequence_end(struct sequence *s) {
     free(s->q);
     free(s->key);
     free(s->value);
+    free(s->read_key);
+    free(s->read_value);
+    free(s->expanded);
     free(s->cache);
     free(s->blocks);
 }
@@ -79,6 +107,8 @@ static void attend(const struct sequence *s, const struct cpu_kernels *kernel, u
         .cache = s->cache,
         .block_stride = s->block_stride,
         .blocks = s->blocks,
+        .type = s->type,
+        .expanded = s->expanded,
     };
     uint32_t pieces = cpu_attention_pieces(first + tokens - 1), count = tokens * heads;
     size_t stride = cpu_attention_partial_floats(s->head_dim);
@@ -98,7 +128,7 @@ static double row_error(const struct sequence *s, uint32_t token, uint32_t head,
     for (uint32_t p = 0; p <= token; p++) {
         weight[p] = 0;
         for (uint32_t d = 0; d < s->head_dim; d++)
-            weight[p] += (double)q[d] * s->key[(size_t)p * s->head_dim + d];
+            weight[p] += (double)q[d] * s->read_key[(size_t)p * s->head_dim + d];
         weight[p] /= sqrt(s->head_dim);
         max = fmax(max, weight[p]);
     }
@@ -107,7 +137,7 @@ static double row_error(const struct sequence *s, uint32_t token, uint32_t head,
     for (uint32_t d = 0; d < s->head_dim; d++) {
         double sum = 0;
         for (uint32_t p = 0; p <= token; p++) {
-            double value = s->value[(size_t)p * s->head_dim + d];
+            double value = s->read_value[(size_t)p * s->head_dim + d];
             sum += weight[p] * value;
             greatest = fmax(greatest, fabs(value));
         }
@@ -118,7 +148,11 @@ static double row_error(const struct sequence *s, uint32_t token, uint32_t head,
     return worst / greatest;
 }
 
-static void test_parity(void) {
+static const char *name(enum quant_type type) {
+    return type == QUANT_F16 ? "f16" : "q8_0";
+}
+
+static void test_parity(enum quant_type type) {
     static const uint32_t dims[] = {128, 64, 2, 6, 14, 16, 18, 30, 32, 34, 66, 80, 96, 130, 192, 256, 510, 512};
     static const uint32_t lengths[] = {1, 2, 16, 31, 32, 33, 63, 255, 256, 257, 287, 289, 511, 512, 513, 769};
     enum { DIMS = sizeof dims / sizeof *dims, LENGTHS = sizeof lengths / sizeof *lengths };
@@ -128,7 +162,7 @@ static void test_parity(void) {
         struct sequence s;
         uint32_t heads = round % 4 == 0 ? 8 : 1 + random_below(16);
         uint32_t length = round < LENGTHS ? lengths[round] : lengths[random_below(LENGTHS)] + random_below(3);
-        sequence_begin(&s, dims[round % DIMS], heads, length);
+        sequence_begin(&s, type, dims[round % DIMS], heads, length);
         uint32_t tokens = 1 + random_below(length < 20 ? length : 20), first = length - tokens;
         size_t row = s.head_dim, count = (size_t)tokens * heads;
         float *y = test_memory(count * row * sizeof *y), *other = test_memory(count * row * sizeof *y);
@@ -158,9 +192,9 @@ static void test_parity(void) {
         free(other);
         sequence_end(&s);
     }
-    tap_ok(worst < 2e-6, "attention: error %.2g", worst);
-    tap_ok(same, "attention: the same bits from all kernels");
-    tap_ok(alone, "attention: the same bits for a row alone, with others and in chunks");
+    tap_ok(worst < 2e-6, "attention, %s: error %.2g", name(type), worst);
+    tap_ok(same, "attention, %s: the same bits from all kernels", name(type));
+    tap_ok(alone, "attention, %s: the same bits for a row alone, with others and in chunks", name(type));
 }
 
 /* Scores far apart, all equal, and so large that a softmax without its maximum would overflow. */
@@ -170,7 +204,7 @@ static void test_extremes(void) {
     bool same = true;
     for (size_t i = 0; i < sizeof factors / sizeof *factors; i++) {
         struct sequence s;
-        sequence_begin(&s, 64, 4, 600);
+        sequence_begin(&s, QUANT_F16, 64, 4, 600);
         for (size_t j = 0; j < (size_t)s.length * s.heads * s.head_dim; j++)
             s.q[j] *= factors[i];
         float y[3][4 * 64];
@@ -195,12 +229,12 @@ static bool all_nan(const float *y, size_t n) {
     return true;
 }
 
-static void test_nan(void) {
+static void test_nan(enum quant_type type) {
     enum { DIM = 48, HEADS = 3, LENGTH = 300, FIRST = 270, TOKENS = LENGTH - FIRST, ROW = HEADS * DIM };
     struct sequence s;
     float before[TOKENS * ROW], y[TOKENS * ROW];
     bool kept = true, shows = true;
-    sequence_begin(&s, DIM, HEADS, LENGTH);
+    sequence_begin(&s, type, DIM, HEADS, LENGTH);
     attend(&s, kernels[0], FIRST, TOKENS, 0, HEADS, before);
     for (int isa = 0; isa < isas; isa++) {
         const struct cpu_kernels *kernel = kernels[isa];
@@ -226,16 +260,16 @@ static void test_nan(void) {
         *cell = good;
         store_position(&s, kernel, p);
     }
-    tap_ok(shows, "attention: a NaN shows in every row that sees it");
-    tap_ok(kept, "attention: a NaN changes no other row");
+    tap_ok(shows, "attention, %s: a NaN shows in every row that sees it", name(type));
+    tap_ok(kept, "attention, %s: a NaN changes no other row", name(type));
     sequence_end(&s);
 }
 
-static void test_bounds(void) {
+static void test_bounds(enum quant_type type) {
     bool stored = true, left = true;
     for (int isa = 0; isa < isas; isa++) {
         struct sequence s;
-        sequence_begin(&s, 2 + 2 * random_below(100), 2, 300);
+        sequence_begin(&s, type, 2 + 2 * random_below(100), 2, 300);
         unsigned char *copy = test_memory(s.block_stride * s.block_count * 2);
         memcpy(copy, s.cache, s.block_stride * s.block_count * 2);
         store_position(&s, kernels[isa], 77); /* again: the same bytes, and no others */
@@ -250,6 +284,7 @@ static void test_bounds(void) {
         struct cpu_attention_rows rows = {
             .head_dim = s.head_dim, .scale = 1, .q = s.q, .token_stride = 2 * s.head_dim, .tokens = 4, .heads = 2,
             .position = 254, .cache = s.cache, .block_stride = s.block_stride, .blocks = s.blocks,
+            .type = type, .expanded = s.expanded,
         };
         kernels[isa]->attention->run(&rows, 1, partial, stride);
         for (size_t i = 0; i < 8 * stride; i++)
@@ -257,16 +292,19 @@ static void test_bounds(void) {
         free(partial);
         sequence_end(&s);
     }
-    tap_ok(stored, "attention: a position is stored in its own cells");
-    tap_ok(left, "attention: rows that end before a piece are left alone");
+    tap_ok(stored, "attention, %s: a position is stored in its own cells", name(type));
+    tap_ok(left, "attention, %s: rows that end before a piece are left alone", name(type));
 }
 
 int main(void) {
     random_begin();
     isas = kernels_here(kernels);
-    test_parity();
     test_extremes();
-    test_nan();
-    test_bounds();
+    for (int i = 0; i < 2; i++) {
+        const enum quant_type type = i ? QUANT_Q8_0 : QUANT_F16;
+        test_parity(type);
+        test_nan(type);
+        test_bounds(type);
+    }
     return tap_done();
 }

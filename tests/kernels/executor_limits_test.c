@@ -57,7 +57,8 @@ static void test_options(const struct model *model) {
 
 static void test_info(const struct model *model) {
     const struct model_config *config = &model->config;
-    uint64_t block_bytes = (uint64_t)config->block_count * config->head_count_kv * cpu_kv_block_bytes(config->head_dim);
+    const uint64_t heads = (uint64_t)config->block_count * config->head_count_kv;
+    const uint64_t block_bytes = heads * cpu_kv_block_bytes(QUANT_F16, config->head_dim);
     struct executor_options options = options_make("auto", 2, "on");
     struct executor *executor = executor_make(&executor_cpu, model, &options);
     const struct executor_info *info = &executor->info;
