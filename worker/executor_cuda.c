@@ -284,7 +284,7 @@ static int cuda_open(const struct model *model, const struct executor_options *o
     struct executor_info *info = &cuda->base.info;
     cuda->base.ops = &executor_cuda;
     cuda->model = model;
-    cuda->heads = (struct cuda_heads){config->head_count, config->head_count_kv, config->head_dim};
+    cuda->heads = (struct cuda_heads){config->head_count, config->head_count_kv, config->head_dim, QUANT_F16};
     *info = (struct executor_info){
         .backend = "cuda",
         .kv_block_tokens = CUDA_KV_BLOCK,

@@ -17,34 +17,38 @@ constexpr uint32_t ROUNDED_MAX = 8192; /* dimensions of a row that are rounded a
 constexpr uint32_t DECODE_BLOCKS = 1 << 15;
 constexpr uint32_t SPLIT_RING_BYTES = 192 << 10;
 
-template <int DIM> struct split_shape {
-    static constexpr uint32_t block_bytes = 2 * DIM * CUDA_KV_BLOCK * sizeof(half);
+template <class VALUE, int DIM> struct split_shape {
+    static constexpr uint32_t block_bytes = kv_head_values<VALUE>(DIM) * sizeof(VALUE);
     static constexpr uint32_t most_warps = SPLIT_RING_BYTES / (ATTENTION_PIECE_BLOCKS * block_bytes);
     static constexpr int warps = most_warps < 12 ? most_warps : 12;
+    /* Of whole_kernel: more would have too few registers. */
+    static constexpr int whole_warps = DIM < 128 || warps < 8 ? warps : 8;
 };
 
 /* Of each warp. */
-template <int DIM> struct alignas(128) split_memory {
-    unsigned char blocks[ATTENTION_PIECE_BLOCKS][split_shape<DIM>::block_bytes];
+template <class VALUE, int DIM> struct alignas(128) split_memory {
+    unsigned char blocks[ATTENTION_PIECE_BLOCKS][split_shape<VALUE, DIM>::block_bytes];
     uint64_t barriers[ATTENTION_PIECE_BLOCKS];
+    alignas(16) float own[sizeof(VALUE) == 1 ? 2 * DIM : 4]; /* for attention_own */
 };
 
 /*
  * All pieces of a tile by one warp, blocks through its ring as in split_kernel: where attention_many does not run, or
  * has but one row a tile. ROWS 1: tiles have no rows 8 to 15. ROPE: as for split_kernel.
  */
-template <int DIM, int ROWS, bool ROPE>
-__global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(const attention_parameters p) {
+template <class VALUE, int DIM, int ROWS, bool ROPE>
+__global__ void __launch_bounds__(split_shape<VALUE, DIM>::whole_warps * 32, 1)
+    whole_kernel(const attention_parameters p) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     launch_dependents();
 #if LAUNCH_COPIES
     extern __shared__ __align__(128) unsigned char memory[];
-    split_memory<DIM> &shared = ((split_memory<DIM> *)memory)[warp];
-    stream_ring ring = stream_create(shared.blocks, shared.barriers, split_shape<DIM>::block_bytes,
+    split_memory<VALUE, DIM> &shared = ((split_memory<VALUE, DIM> *)memory)[warp];
+    stream_ring ring = stream_create(shared.blocks, shared.barriers, split_shape<VALUE, DIM>::block_bytes,
                                      ATTENTION_PIECE_BLOCKS, lane);
 #endif
     for (uint32_t unit = warp * gridDim.x + blockIdx.x; unit < p.tile_count * p.kv_heads;
-         unit += gridDim.x * split_shape<DIM>::warps) {
+         unit += gridDim.x * split_shape<VALUE, DIM>::whole_warps) {
         const uint32_t tile = unit / p.kv_heads, kv_head = unit % p.kv_heads;
         const uint32_t row = ROPE ? tile : p.tiles[tile], count = ROPE ? 1 : p.tile_rows[tile];
         if (count == 0)
@@ -56,7 +60,8 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
         const auto fill = [&] {
 #pragma unroll 1
             for (; sent < blocks && !stream_full(ring); sent++)
-                stream_put(ring, {block_keys<DIM>(p, table[sent], kv_head)}, split_shape<DIM>::block_bytes, lane);
+                stream_put(ring, {block_head<VALUE, DIM>(p, table[sent], kv_head)},
+                           split_shape<VALUE, DIM>::block_bytes, lane);
         };
         if (ROPE)
             fill();
@@ -79,17 +84,18 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) whole_kernel(
             for (uint32_t b = first; b < min(first + ATTENTION_PIECE_BLOCKS, blocks); b++) {
 #if LAUNCH_COPIES
                 fill();
-                const half *keys = (const half *)stream_get(ring);
+                const VALUE *head = (const VALUE *)stream_get(ring);
                 if constexpr (ROPE)
                     if (b == last / CUDA_KV_BLOCK) {
-                        own.store(p, last, block_keys<DIM>(p, table[b], kv_head), (half *)keys, lane);
+                        own.store(p, last, block_head<VALUE, DIM>(p, table[b], kv_head), (VALUE *)head,
+                                  shared.own, lane);
                         shared_seen_async();
                         __syncwarp();
                     }
 #else
-                const half *keys = block_keys<DIM>(p, table[b], kv_head);
+                const VALUE *head = block_head<VALUE, DIM>(p, table[b], kv_head);
 #endif
-                attend_block<0, ROWS>(rows, keys, (int)(b * CUDA_KV_BLOCK), lane, piece);
+                attend_block<0, ROWS>(rows, head, (int)(b * CUDA_KV_BLOCK), lane, piece);
 #if LAUNCH_COPIES
                 stream_release(ring);
 #endif
@@ -176,27 +182,28 @@ __device__ __forceinline__ void store_piece(const attention_parameters &p, const
  * With ROPE all of the cache but the row's own position was there before this step: the ring fills before the predecessor
  * has ended, and the warp with the own position puts it into its copy.
  */
-template <int DIM, bool ROPE>
-__global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(const attention_parameters p) {
+template <class VALUE, int DIM, bool ROPE>
+__global__ void __launch_bounds__(split_shape<VALUE, DIM>::warps * 32, 1)
+    split_kernel(const attention_parameters p) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const uint32_t stride = gridDim.x * (blockDim.x / 32);
     launch_dependents();
     split_unit next = split_unit_from<ROPE>(p, warp * gridDim.x + blockIdx.x, stride);
 #if LAUNCH_COPIES
     extern __shared__ __align__(128) unsigned char memory[];
-    constexpr uint32_t bytes = split_shape<DIM>::block_bytes;
-    split_memory<DIM> &shared = ((split_memory<DIM> *)memory)[warp];
+    constexpr uint32_t bytes = split_shape<VALUE, DIM>::block_bytes;
+    split_memory<VALUE, DIM> &shared = ((split_memory<VALUE, DIM> *)memory)[warp];
     stream_ring ring = stream_create(shared.blocks, shared.barriers, bytes, ATTENTION_PIECE_BLOCKS, lane);
     const auto fill = [&] {
 #pragma unroll 1
         for (; next.block < next.end && !stream_full(ring); next.block++)
-            stream_put(ring, {block_keys<DIM>(p, next.table[next.block], next.kv_head)}, bytes, lane);
+            stream_put(ring, {block_head<VALUE, DIM>(p, next.table[next.block], next.kv_head)}, bytes, lane);
     };
     if (ROPE)
         fill();
     else if (lane < (int)(next.end - next.block))
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                         block_keys<DIM>(p, next.table[next.block + lane], next.kv_head)),
+                         block_head<VALUE, DIM>(p, next.table[next.block + lane], next.kv_head)),
                      "r"(bytes));
 #endif
     wait_for_predecessor();
@@ -220,17 +227,18 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
         for (uint32_t b = now.piece * ATTENTION_PIECE_BLOCKS; b < now.end; b++) {
 #if LAUNCH_COPIES
             fill();
-            const half *keys = (const half *)stream_get(ring);
+            const VALUE *head = (const VALUE *)stream_get(ring);
             if constexpr (ROPE)
                 if (b == now.last / CUDA_KV_BLOCK) {
-                    own.store(p, now.last, block_keys<DIM>(p, now.table[b], now.kv_head), (half *)keys, lane);
+                    own.store(p, now.last, block_head<VALUE, DIM>(p, now.table[b], now.kv_head), (VALUE *)head,
+                              shared.own, lane);
                     shared_seen_async();
                     __syncwarp();
                 }
 #else
-            const half *keys = block_keys<DIM>(p, now.table[b], now.kv_head);
+            const VALUE *head = block_head<VALUE, DIM>(p, now.table[b], now.kv_head);
 #endif
-            attend_block<DIM <= 128 ? DIM / 8 : 0, ROPE ? 1 : 2>(rows, keys, (int)(b * CUDA_KV_BLOCK), lane, s);
+            attend_block<DIM <= 128 ? DIM / 8 : 0, ROPE ? 1 : 2>(rows, head, (int)(b * CUDA_KV_BLOCK), lane, s);
 #if LAUNCH_COPIES
             stream_release(ring);
 #endif
@@ -243,51 +251,67 @@ __global__ void __launch_bounds__(split_shape<DIM>::warps * 32, 1) split_kernel(
 }
 
 /* Units go to as many multiprocessors as there are, and few have few warps. */
-template <int DIM, bool ROPE>
+template <class VALUE, int DIM, bool ROPE>
 cudaError_t launch_split(const attention_parameters &p, cudaStream_t stream) {
-    const bool rings = launch_has_copies(split_kernel<DIM, ROPE>);
-    constexpr uint32_t most = split_shape<DIM>::warps;
+    const bool rings = launch_has_copies(split_kernel<VALUE, DIM, ROPE>);
+    constexpr uint32_t most = split_shape<VALUE, DIM>::warps;
     const uint32_t units = p.tile_count * p.kv_heads * p.pieces;
     const uint32_t blocks = rings ? std::min(units, launch_processors()) : (units + most - 1) / most;
     const uint32_t warps = std::min((units + blocks - 1) / blocks, most);
-    const size_t shared = rings ? warps * sizeof(split_memory<DIM>) : 0;
-    cudaError_t error =
-        cudaFuncSetAttribute(split_kernel<DIM, ROPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    return error ? error : launch(split_kernel<DIM, ROPE>, dim3(blocks), dim3(warps * 32), shared, stream, p);
+    const size_t shared = rings ? warps * sizeof(split_memory<VALUE, DIM>) : 0;
+    const cudaError_t error =
+        cudaFuncSetAttribute(split_kernel<VALUE, DIM, ROPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    return error ? error : launch(split_kernel<VALUE, DIM, ROPE>, dim3(blocks), dim3(warps * 32), shared, stream, p);
 }
 
-template <int DIM>
+template <class VALUE, int DIM>
 cudaError_t launch_whole(const attention_parameters &p, cudaStream_t stream) {
-    const bool rings = launch_has_copies(whole_kernel<DIM, 1, false>);
-    constexpr uint32_t warps = split_shape<DIM>::warps;
+    const bool rings = launch_has_copies(whole_kernel<VALUE, DIM, 1, false>);
+    constexpr uint32_t warps = split_shape<VALUE, DIM>::whole_warps;
     const uint32_t blocks = (p.tile_count * p.kv_heads + warps - 1) / warps;
-    const size_t shared = rings ? warps * sizeof(split_memory<DIM>) : 0;
+    const size_t shared = rings ? warps * sizeof(split_memory<VALUE, DIM>) : 0;
     /* Few units are spread over all processors. */
     const dim3 grid(rings ? std::min(p.tile_count * p.kv_heads, launch_processors()) : blocks);
-    auto kernel = p.tile_count == p.rows && p.group <= 8 ? whole_kernel<DIM, 1, false> : whole_kernel<DIM, 2, false>;
+    auto kernel = p.tile_count == p.rows && p.group <= 8 ? whole_kernel<VALUE, DIM, 1, false>
+                                                         : whole_kernel<VALUE, DIM, 2, false>;
     if constexpr (DIM == 64 || DIM == 128)
-        kernel = p.rope.qkv ? whole_kernel<DIM, 1, true> : kernel;
+        kernel = p.rope.qkv ? whole_kernel<VALUE, DIM, 1, true> : kernel;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     return error ? error : launch(kernel, grid, dim3(warps * 32), shared, stream, p);
 }
 
-template <int DIM> cudaError_t launch_dim(const attention_parameters &p, cudaStream_t stream) {
+template <class VALUE, int DIM>
+cudaError_t launch_dim(const attention_parameters &p, const struct cuda_heads *heads, cudaStream_t stream) {
     const uint32_t columns = p.heads * DIM;
     if (p.out.half && columns > ROUNDED_MAX)
         return cudaErrorInvalidValue;
     if (p.partial) {
         cudaError_t error;
         if constexpr (DIM == 64 || DIM == 128)
-            error = !p.rope.qkv                                         ? launch_split<DIM, false>(p, stream)
-                    : p.rows * p.kv_heads * p.pieces <= DECODE_BLOCKS ? attention_decode(p, DIM, stream)
-                                                                        : launch_split<DIM, true>(p, stream);
+            error = !p.rope.qkv ? launch_split<VALUE, DIM, false>(p, stream)
+                    : sizeof(VALUE) == sizeof(half) && p.rows * p.kv_heads * p.pieces <= DECODE_BLOCKS
+                        ? attention_decode(p, DIM, stream)
+                        : launch_split<VALUE, DIM, true>(p, stream);
         else
-            error = launch_split<DIM, false>(p, stream);
+            error = launch_split<VALUE, DIM, false>(p, stream);
         return error ? error : attention_join(p, DIM, stream);
     }
     const bool many = attention_many_runs(DIM) && p.tile_count < p.rows;
-    const cudaError_t error = many ? attention_many(p, DIM, stream) : launch_whole<DIM>(p, stream);
+    const cudaError_t error = many ? attention_many(p, heads, stream) : launch_whole<VALUE, DIM>(p, stream);
     return error || !p.out.half ? error : cuda_round(p.y, columns, p.rows, &p.out, stream);
+}
+
+template <class VALUE>
+cudaError_t launch_value(attention_parameters &p, const struct cuda_heads *heads, cudaStream_t stream) {
+    p.block_values = (uint64_t)heads->kv_heads * kv_head_values<VALUE>(heads->head_dim);
+    switch (heads->head_dim) {
+    case 32: return launch_dim<VALUE, 32>(p, heads, stream);
+    case 64: return launch_dim<VALUE, 64>(p, heads, stream);
+    case 96: return launch_dim<VALUE, 96>(p, heads, stream);
+    case 128: return launch_dim<VALUE, 128>(p, heads, stream);
+    case 256: return launch_dim<VALUE, 256>(p, heads, stream);
+    default: return cudaErrorInvalidValue;
+    }
 }
 
 uint32_t piece_count(uint32_t context_limit) {
@@ -297,7 +321,8 @@ uint32_t piece_count(uint32_t context_limit) {
 } // namespace
 
 size_t cuda_kv_block_bytes(const struct cuda_heads *heads) {
-    return (size_t)2 * sizeof(half) * heads->kv_heads * heads->head_dim * CUDA_KV_BLOCK;
+    return heads->cache == QUANT_Q8_0 ? heads->kv_heads * (size_t)kv_head_values<uint8_t>(heads->head_dim)
+                                      : heads->kv_heads * (size_t)kv_head_values<half>(heads->head_dim) * sizeof(half);
 }
 
 uint32_t cuda_attention_tile_tokens(const struct cuda_heads *heads) {
@@ -320,7 +345,7 @@ cudaError_t cuda_attention(const struct cuda_attention *a, cudaStream_t stream) 
         p.rope = *a->rope;
     p.q_scale = rope_query_scale(a->heads.head_dim);
     p.q = (const half *)a->q;
-    p.cache = (half *)a->cache;
+    p.cache = a->cache;
     p.position = a->rows.position;
     p.table = a->rows.table;
     p.tables = a->rows.tables;
@@ -337,13 +362,9 @@ cudaError_t cuda_attention(const struct cuda_attention *a, cudaStream_t stream) 
     if (p.partial)
         p.stats = (float2 *)(p.partial + (size_t)p.rows * p.heads * p.pieces * a->heads.head_dim);
     p.tile_count = a->tile_count;
-    p.block_halves = cuda_kv_block_bytes(&a->heads) / sizeof(half);
-    switch (a->heads.head_dim) {
-    case 32: return launch_dim<32>(p, stream);
-    case 64: return launch_dim<64>(p, stream);
-    case 96: return launch_dim<96>(p, stream);
-    case 128: return launch_dim<128>(p, stream);
-    case 256: return launch_dim<256>(p, stream);
+    switch (a->heads.cache) {
+    case QUANT_F16: return launch_value<half>(p, &a->heads, stream);
+    case QUANT_Q8_0: return launch_value<uint8_t>(p, &a->heads, stream);
     default: return cudaErrorInvalidValue;
     }
 }

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "kernels/cuda/cuda.h"
+#include "kernels/cuda/kv_cache.cuh"
 #include "kernels/cuda/mma.cuh"
 
 /*
@@ -21,7 +22,7 @@ constexpr uint32_t ATTENTION_PIECE_BLOCKS = CUDA_KV_PIECE / CUDA_KV_BLOCK;
 
 struct attention_parameters {
     const half *q;
-    half *cache;
+    void *cache;
     struct cuda_rope rope; /* or none */
     float q_scale;
     const uint32_t *position, *table, *tables, *tiles, *tile_rows;
@@ -29,13 +30,13 @@ struct attention_parameters {
     float2 *stats;      /* [rows][heads][pieces]: of the partial results, max and sum */
     struct cuda_activation out;
     uint32_t heads, kv_heads, group, rows, pieces, tile_count;
-    uint64_t block_halves;
+    uint64_t block_values; /* a block, in halves or, with Q8_0, bytes */
 };
 
 /* All pieces of rows of tiles, eight tiles a block, by Hopper's matrix unit, where device, build and dimension allow it. */
 bool attention_many_runs(uint32_t head_dim);
-cudaError_t attention_many(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
-/* All pieces of rows with rope, a block each, with little code: where cuda_attention_takes_rope. */
+cudaError_t attention_many(const attention_parameters &p, const struct cuda_heads *heads, cudaStream_t stream);
+/* All pieces of rows with rope, a block each, with little code, of a cache in f16: where cuda_attention_takes_rope. */
 cudaError_t attention_decode(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
 /* Joins p.partial and p.stats of all rows, and rounds these where p.out wants it. */
 cudaError_t attention_join(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
@@ -180,62 +181,63 @@ static __device__ __forceinline__ uint32_t values_mask(int position, int last) {
     return position > last ? 0 : position + 1 > last ? 0xffffu : 0xffffffffu;
 }
 
-/* A block's keys of a KV head; the values follow. */
-template <int DIM>
-static __device__ __forceinline__ half *block_keys(const attention_parameters &p, uint32_t id, uint32_t kv_head) {
-    return p.cache + id * p.block_halves + (uint64_t)kv_head * 2 * DIM * CUDA_KV_BLOCK;
+/* What a block has of a KV head. */
+template <class VALUE, int DIM>
+static __device__ __forceinline__ VALUE *block_head(const attention_parameters &p, uint32_t id, uint32_t kv_head) {
+    return (VALUE *)p.cache + id * p.block_values + (uint64_t)kv_head * kv_head_values<VALUE>(DIM);
 }
 
 /*
- * One block of positions from `start` on, whose values follow its keys, into the state of a piece. AHEAD: eights of the
+ * One block of positions from `start` on, of which `head` has the KV head, into the state of a piece. AHEAD: eights of the
  * values fetched in advance; keys are too where any are. ROWS 1: there are no rows g + 8.
  */
-template <int AHEAD, int ROWS, int DIM>
-static __device__ __forceinline__ void attend_block(const attention_rows<DIM> &rows, const half *keys, int start,
+template <int AHEAD, int ROWS, class VALUE, int DIM>
+static __device__ __forceinline__ void attend_block(const attention_rows<DIM> &rows, const VALUE *head, int start,
                                                     int lane, attention_state<DIM> &s) {
-    const int g = lane / 4, t = lane & 3;
-    const half *key = keys + (8 * (g / 2) + g % 2) * DIM + 8 * t;
+    typedef typename kv_reader<VALUE, DIM>::eight eight;
+    kv_reader<VALUE, DIM> block(head, lane);
     float scores[16] = {};
     constexpr int KEYS = AHEAD ? 4 : 1;
 #pragma unroll
     for (int first = 0; first < DIM / 32; first += KEYS) {
-        uint4 k[KEYS][4];
+        eight k[KEYS][4];
 #pragma unroll
         for (int i = 0; i < KEYS && first + i < DIM / 32; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) /* column n of product j is position 8 (n / 2) + 2 j + n % 2 */
-                k[i][j] = *(const uint4 *)(key + 2 * j * DIM + 32 * (first + i));
+                k[i][j] = block.key_eight(j, first + i);
 #pragma unroll
         for (int i = 0; i < KEYS && first + i < DIM / 32; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                mma(scores + 4 * j, rows.q[first + i], k[i][j].x, k[i][j].y);
-                mma(scores + 4 * j, rows.q[first + i] + 4, k[i][j].z, k[i][j].w);
+                const uint4 key = block.key_halves(k[i][j], j, first + i);
+                mma(scores + 4 * j, rows.q[first + i], key.x, key.y);
+                mma(scores + 4 * j, rows.q[first + i] + 4, key.z, key.w);
             }
     }
-    const half *value = keys + (DIM + g) * CUDA_KV_BLOCK + 8 * t;
-    uint4 ahead[AHEAD ? AHEAD : 1];
+    eight ahead[AHEAD ? AHEAD : 1];
 #pragma unroll
     for (int n = 0; n < AHEAD; n++)
-        ahead[n] = *(const uint4 *)(value + 8 * n * CUDA_KV_BLOCK);
+        ahead[n] = block.value_eight(n);
     uint32_t weights[8] = {};
     float keep[2];
     weigh_scores<ROWS>(scores, start, rows.limit, true, lane, s.max, s.sum, keep, weights);
     uint32_t masks[4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        masks[i] = values_mask(start + 8 * t + 2 * i, rows.last);
+        masks[i] = values_mask(start + 8 * (lane & 3) + 2 * i, rows.last);
 #pragma unroll
     for (int n = 0; n < DIM / 8; n++) {
-        const uint4 v = n < AHEAD ? ahead[AHEAD ? n : 0] : *(const uint4 *)(value + 8 * n * CUDA_KV_BLOCK);
+        const eight v = n < AHEAD ? ahead[AHEAD ? n : 0] : block.value_eight(n);
         s.out[n][0] *= keep[0];
         s.out[n][1] *= keep[0];
         if (ROWS > 1) {
             s.out[n][2] *= keep[1];
             s.out[n][3] *= keep[1];
         }
-        mma(s.out[n], weights, v.x & masks[0], v.y & masks[1]);
-        mma(s.out[n], weights + 4, v.z & masks[2], v.w & masks[3]);
+        const uint4 value = block.value_halves(v, n, masks);
+        mma(s.out[n], weights, value.x, value.y);
+        mma(s.out[n], weights + 4, value.z, value.w);
     }
 }
 

@@ -1,6 +1,7 @@
 /*
  * Attention of decode rows that does what cuda_rope does: the first half of cuda_attention, split, with rope, where pieces
- * are not so many. Its code is small on purpose: at few rows kernels take the time in which their instructions come from L2.
+ * are not so many and the cache is in f16. Its code is small on purpose: at few rows kernels take the time in which their
+ * instructions come from L2.
  */
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/barrier.cuh"
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode_kernel(const attention_
         }
 #pragma unroll 1
         for (int b = 0; b < count; b++) {
-            cached = block_keys<DIM>(p, table[b], kv_head);
+            cached = block_head<half, DIM>(p, table[b], kv_head);
             if (lane == 0)
                 barrier_copy(shared.blocks[b], cached, sizeof shared.blocks[b], &shared.barrier);
         }

@@ -5,6 +5,8 @@
  * warpgroup copies the pieces of the run's context to a ring of stages, and runs ahead over runs; two warpgroups of four
  * tiles each multiply by wgmma, which sums as mma.m16n8k16 does. Its sums lie in a lane's registers as those of mma do,
  * so all between the products is attention.cuh's. Blocks with the longest contexts come first.
+ * Of a cache in Q8_0 the copy engine brings pieces as they are to a ring of their own, and the copying warpgroup makes
+ * halves of them.
  */
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/barrier.cuh"
@@ -15,7 +17,7 @@ namespace {
 
 constexpr int CONSUMERS = 2, GROUP_THREADS = 128, THREADS = (CONSUMERS + 1) * GROUP_THREADS;
 constexpr int GROUP_TILES = 4, UNIT_TILES = CONSUMERS * GROUP_TILES;
-constexpr int STAGES = 4;
+constexpr int STAGES = 4, PACKED_STAGES = 3;
 
 /*
  * A piece as wgmma wants its right operands, rows of 64 halves swizzled (wgmma_offset). Of every 32 dimensions or
@@ -30,6 +32,16 @@ template <int DIM> struct shared_memory {
     piece_stage<DIM> stages[STAGES];
     uint64_t full[STAGES], empty[STAGES];
 };
+
+/* Behind it, pieces of a cache in Q8_0 as they lie there. */
+template <int DIM> struct packed_memory {
+    uint8_t blocks[PACKED_STAGES][ATTENTION_PIECE_BLOCKS][kv_head_values<uint8_t>(DIM)];
+    uint64_t full[PACKED_STAGES];
+};
+
+template <class VALUE, int DIM> constexpr size_t shared_bytes() {
+    return sizeof(shared_memory<DIM>) + (sizeof(VALUE) == 1 ? sizeof(packed_memory<DIM>) : 0);
+}
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -100,7 +112,7 @@ __device__ __forceinline__ void copy_block(const piece_stage<DIM> &stage, const 
         copy_pair<WHOLE>(to + m * 8 * 128, from + m * 8 * CUDA_KV_BLOCK, bytes);
 }
 
-/* The warpgroup that fills the ring. */
+/* The warpgroup that fills the ring from a cache of halves. */
 template <int DIM>
 __device__ void copy_pieces(const attention_parameters &p, shared_memory<DIM> &shared, const unit_tiles &tiles,
                             uint32_t kv_head, int warp, int lane) {
@@ -114,13 +126,106 @@ __device__ void copy_pieces(const attention_parameters &p, shared_memory<DIM> &s
 #pragma unroll
             for (int b = 0; b < (int)ATTENTION_PIECE_BLOCKS; b++) {
                 const int start = (int)(i * CUDA_KV_PIECE) + b * CUDA_KV_BLOCK, left = last + 1 - start;
-                const half *from = block_keys<DIM>(p, table[min(start, last) / CUDA_KV_BLOCK], kv_head);
+                const half *from = block_head<half, DIM>(p, table[min(start, last) / CUDA_KV_BLOCK], kv_head);
                 if (left >= CUDA_KV_BLOCK)
                     copy_block<DIM, true>(shared.stages[place.at], from, b, left, warp, lane);
                 else
                     copy_block<DIM, false>(shared.stages[place.at], from, b, left, warp, lane);
             }
             barrier_arrive_copied(&shared.full[place.at]);
+        }
+        begin = tiles.run_begin(end);
+    }
+}
+
+/*
+ * Writes 32 bytes of a row of a stage, q + 128 each, as halves from `to` on; their pairs 4 t + n go to sixteen n. The pairs'
+ * scales: words t of scales.
+ */
+__device__ __forceinline__ void expand_row(const uint8_t *bytes, const uint4 (&scales)[4], uint32_t row,
+                                           uint32_t first_sixteen, uint32_t to) {
+    uint4 eights[4];
+#pragma unroll
+    for (int t = 0; t < 4; t += 2) {
+        const uint4 q = *(const uint4 *)(bytes + 8 * t);
+        eights[t] = kv_expand_eight(make_uint2(q.x, q.y), scales[t]);
+        eights[t + 1] = kv_expand_eight(make_uint2(q.z, q.w), scales[t + 1]);
+    }
+    const auto store = [&](int n, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + wgmma_offset(row, first_sixteen + n)), "r"(a),
+                     "r"(b), "r"(c), "r"(d)
+                     : "memory");
+    };
+    store(0, eights[0].x, eights[1].x, eights[2].x, eights[3].x);
+    store(1, eights[0].y, eights[1].y, eights[2].y, eights[3].y);
+    store(2, eights[0].z, eights[1].z, eights[2].z, eights[3].z);
+    store(3, eights[0].w, eights[1].w, eights[2].w, eights[3].w);
+}
+
+/* A warp's share of a piece: a lane has a row of a tile of keys, and one of values. WHOLE and left: as for copy_block. */
+template <int DIM, bool WHOLE>
+__device__ __forceinline__ void expand_piece(const piece_stage<DIM> &stage, const uint8_t *blocks, int left, int warp,
+                                             int lane) {
+    constexpr int GROUPS = DIM / 32;
+#pragma unroll 1
+    for (int tile = warp; tile < (int)ATTENTION_PIECE_BLOCKS * GROUPS; tile += GROUP_THREADS / 32) {
+        const int b = tile / GROUPS, d = tile % GROUPS;
+        const uint8_t *block = blocks + b * kv_head_values<uint8_t>(DIM), *row = block + KV_TILE * d + 32 * lane;
+        const half *of = (const half *)(block + kv_scales_at(DIM));
+        const uint32_t of_key = half2_bits(__half2half2(of[lane * GROUPS + d]));
+        uint4 scales[4];
+#pragma unroll
+        for (int t = 0; t < 4; t++)
+            scales[t] = make_uint4(of_key, of_key, of_key, of_key);
+        expand_row(row, scales, 32 * b + lane, 4 * (d % 2), shared_address(stage.keys[d / 2]));
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            const int at = 32 * b + 8 * t, last = left - 1;
+            scales[t] = ((const uint4 *)(of + DIM + CUDA_KV_BLOCK * d))[t];
+            if (!WHOLE)
+                scales[t] = make_uint4(
+                    scales[t].x & values_mask(at, last), scales[t].y & values_mask(at + 2, last),
+                    scales[t].z & values_mask(at + 4, last), scales[t].w & values_mask(at + 6, last));
+        }
+        expand_row(row + CUDA_KV_BLOCK * DIM, scales, 32 * d + lane, 4 * b, shared_address(stage.values));
+    }
+}
+
+/* The warpgroup that fills the ring from a cache in Q8_0. */
+template <int DIM>
+__device__ void expand_pieces(const attention_parameters &p, shared_memory<DIM> &shared, packed_memory<DIM> &packed,
+                              const unit_tiles &tiles, uint32_t kv_head, int warp, int lane) {
+    constexpr uint32_t BYTES = kv_head_values<uint8_t>(DIM);
+    ring_place<STAGES> place;
+    ring_place<PACKED_STAGES> from;
+    for (uint32_t begin = tiles.run_begin(0); begin < UNIT_TILES;) {
+        const uint32_t end = tiles.run_end(begin);
+        const int last = tiles.last_of(begin, end);
+        const uint32_t *table = p.tables + __shfl_sync(0xffffffffu, tiles.table, begin), pieces = pieces_until(last);
+        const auto fetch = [&](uint32_t piece, uint32_t at) { /* one thread's */
+            barrier_expect(&packed.full[at], ATTENTION_PIECE_BLOCKS * BYTES);
+#pragma unroll
+            for (int b = 0; b < (int)ATTENTION_PIECE_BLOCKS; b++) {
+                const uint32_t block = min(piece * ATTENTION_PIECE_BLOCKS + b, (uint32_t)last / CUDA_KV_BLOCK);
+                barrier_copy(packed.blocks[at][b], block_head<uint8_t, DIM>(p, table[block], kv_head), BYTES,
+                             &packed.full[at]);
+            }
+        };
+        if (warp == 0 && lane == 0)
+            for (uint32_t i = 0; i < min(pieces, (uint32_t)PACKED_STAGES); i++)
+                fetch(i, (from.at + i) % PACKED_STAGES);
+        for (uint32_t i = 0; i < pieces; i++, place.step(), from.step()) {
+            barrier_wait(&packed.full[from.at], from.parity);
+            barrier_wait(&shared.empty[place.at], place.parity ^ 1);
+            const int left = last + 1 - (int)(i * CUDA_KV_PIECE);
+            if (left >= CUDA_KV_PIECE)
+                expand_piece<DIM, true>(shared.stages[place.at], packed.blocks[from.at][0], left, warp, lane);
+            else
+                expand_piece<DIM, false>(shared.stages[place.at], packed.blocks[from.at][0], left, warp, lane);
+            barrier_arrive(&shared.full[place.at]);
+            asm volatile("bar.sync 1, %0;" ::"n"(GROUP_THREADS) : "memory"); /* all have read what goes now */
+            if (warp == 0 && lane == 0 && i + PACKED_STAGES < pieces)
+                fetch(i + PACKED_STAGES, from.at);
         }
         begin = tiles.run_begin(end);
     }
@@ -258,14 +363,18 @@ __device__ __forceinline__ void attend_run(const attention_parameters &p, shared
 
 #endif
 
-template <int DIM> __global__ void __launch_bounds__(THREADS, 1) many_kernel(const attention_parameters p) {
+template <class VALUE, int DIM>
+__global__ void __launch_bounds__(THREADS, 1) many_kernel(const attention_parameters p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) unsigned char memory[];
     shared_memory<DIM> &shared = *reinterpret_cast<shared_memory<DIM> *>(memory);
     const int group = threadIdx.x / GROUP_THREADS, warp = threadIdx.x / 32, lane = threadIdx.x & 31;
     const uint32_t kv_head = blockIdx.x % p.kv_heads,
                    first_tile = (gridDim.x - 1 - blockIdx.x) / p.kv_heads * UNIT_TILES;
+    packed_memory<DIM> &packed = *reinterpret_cast<packed_memory<DIM> *>(memory + sizeof shared); /* with Q8_0 */
     if (threadIdx.x == 0) {
+        for (int i = 0; i < PACKED_STAGES && sizeof(VALUE) == 1; i++)
+            barrier_create(&packed.full[i], 1);
         for (int i = 0; i < STAGES; i++) {
             barrier_create(&shared.full[i], GROUP_THREADS);
             barrier_create(&shared.empty[i], CONSUMERS * GROUP_THREADS / 32);
@@ -276,11 +385,15 @@ template <int DIM> __global__ void __launch_bounds__(THREADS, 1) many_kernel(con
     launch_dependents();
     const unit_tiles tiles(p, first_tile, lane);
     if (group == CONSUMERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        /* Who expands wants more registers than who copies; in all there are 504. */
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(sizeof(VALUE) == 1 ? 56 : 40));
         wait_for_predecessor();
-        copy_pieces(p, shared, tiles, kv_head, warp % GROUP_TILES, lane);
+        if constexpr (sizeof(VALUE) == 1)
+            expand_pieces(p, shared, packed, tiles, kv_head, warp % GROUP_TILES, lane);
+        else
+            copy_pieces(p, shared, tiles, kv_head, warp % GROUP_TILES, lane);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(sizeof(VALUE) == 1 ? 224 : 232));
         wait_for_predecessor();
         ring_place<STAGES> place;
         for (uint32_t begin = tiles.run_begin(0); begin < UNIT_TILES;) {
@@ -295,20 +408,27 @@ template <int DIM> __global__ void __launch_bounds__(THREADS, 1) many_kernel(con
 #endif
 }
 
-template <int DIM> cudaError_t launch_many(const attention_parameters &p, cudaStream_t stream) {
-    const cudaError_t error = cudaFuncSetAttribute(many_kernel<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   sizeof(shared_memory<DIM>));
+template <class VALUE, int DIM> cudaError_t launch_many(const attention_parameters &p, cudaStream_t stream) {
+    constexpr size_t bytes = shared_bytes<VALUE, DIM>();
+    const cudaError_t error =
+        cudaFuncSetAttribute(many_kernel<VALUE, DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     return error ? error
-                 : launch(many_kernel<DIM>, dim3((p.tile_count + UNIT_TILES - 1) / UNIT_TILES * p.kv_heads),
-                          dim3(THREADS), sizeof(shared_memory<DIM>), stream, p);
+                 : launch(many_kernel<VALUE, DIM>, dim3((p.tile_count + UNIT_TILES - 1) / UNIT_TILES * p.kv_heads),
+                          dim3(THREADS), bytes, stream, p);
+}
+
+template <class VALUE>
+cudaError_t launch_value(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream) {
+    return head_dim == 64 ? launch_many<VALUE, 64>(p, stream) : launch_many<VALUE, 128>(p, stream);
 }
 
 } // namespace
 
 bool attention_many_runs(uint32_t head_dim) {
-    return (head_dim == 64 || head_dim == 128) && launch_is_hopper(many_kernel<128>);
+    return (head_dim == 64 || head_dim == 128) && launch_is_hopper(many_kernel<half, 128>);
 }
 
-cudaError_t attention_many(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream) {
-    return head_dim == 64 ? launch_many<64>(p, stream) : launch_many<128>(p, stream);
+cudaError_t attention_many(const attention_parameters &p, const struct cuda_heads *heads, cudaStream_t stream) {
+    return heads->cache == QUANT_Q8_0 ? launch_value<uint8_t>(p, heads->head_dim, stream)
+                                      : launch_value<half>(p, heads->head_dim, stream);
 }

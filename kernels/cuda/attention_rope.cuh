@@ -78,20 +78,74 @@ template <int DIM> struct attention_own {
             value[i] = in[p.kv_heads * DIM + 32 * i];
         }
     }
-    /* Into the position's block in the cache, and into the copy of it that was made before. */
-    __device__ __forceinline__ void store(const attention_parameters &p, uint32_t position, half *cached, half *copy,
-                                          int lane) const {
+    /*
+     * Into the position's block in the cache, and into the copy of it that was made before. `room`: shared memory of
+     * 2 * DIM floats, with Q8_0.
+     */
+    template <class VALUE>
+    __device__ __forceinline__ void store(const attention_parameters &p, uint32_t position, VALUE *cached, VALUE *copy,
+                                          float *room, int lane) const {
         float rotated[DIM / 32];
 #pragma unroll
         for (int i = 0; i < DIM / 32; i++)
             rotated[i] = key[i];
         norm_and_rotate<DIM>(rotated, p.rope.k_norm, p.rope.cos_sin + (uint64_t)position * DIM, p.rope.epsilon, lane);
         const uint32_t at = position % CUDA_KV_BLOCK;
+        if constexpr (sizeof(VALUE) == 1) {
+            __syncwarp();
 #pragma unroll
-        for (int i = 0; i < DIM / 32; i++) {
-            const uint32_t d = lane + 32 * i, key_at = at * DIM + d, value_at = (DIM + d) * CUDA_KV_BLOCK + at;
-            cached[key_at] = copy[key_at] = __float2half_rn(rotated[i]);
-            cached[value_at] = copy[value_at] = __float2half_rn(value[i]);
+            for (int i = 0; i < DIM / 32; i++) {
+                room[lane + 32 * i] = rotated[i];
+                room[DIM + lane + 32 * i] = value[i];
+            }
+            __syncwarp();
+            store_q8_0(room, at, cached, copy, lane);
+        } else {
+#pragma unroll
+            for (int i = 0; i < DIM / 32; i++) {
+                const uint32_t d = lane + 32 * i, key_at = at * DIM + d, value_at = (DIM + d) * CUDA_KV_BLOCK + at;
+                cached[key_at] = copy[key_at] = __float2half_rn(rotated[i]);
+                cached[value_at] = copy[value_at] = __float2half_rn(value[i]);
+            }
+        }
+    }
+
+private:
+    /* x: key and value. A lane has eight of them, four lanes a group; where there are fewer eights lanes do the same. */
+    static __device__ __forceinline__ void store_q8_0(const float *x, uint32_t at, uint8_t *cached, uint8_t *copy,
+                                                      int lane) {
+        constexpr int GROUPS = DIM / 32;
+        static_assert(DIM <= 128, "a lane has one eight");
+        const int eight = lane % (2 * DIM / 8), group = eight / 4 % GROUPS;
+        const bool is_key = eight < DIM / 8;
+        float own[8];
+        *(float4 *)own = ((const float4 *)x)[2 * eight];
+        *(float4 *)(own + 4) = ((const float4 *)x)[2 * eight + 1];
+        uint32_t greatest = 0, words[2] = {};
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            greatest = max(greatest, kv_greatness(own[i]));
+        greatest = max(greatest, __shfl_xor_sync(0xffffffffu, greatest, 1));
+        greatest = max(greatest, __shfl_xor_sync(0xffffffffu, greatest, 2));
+        float factor;
+        const half scale = kv_scale(greatest, factor);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            words[i / 4] |= (uint32_t)kv_quantize(own[i], factor) << (8 * (i % 4));
+        const uint32_t row = kv_key_row(at);
+        if (is_key) {
+            const uint32_t place = KV_TILE * group + 32 * row + 8 * (eight % 4);
+            *(uint2 *)(cached + place) = *(uint2 *)(copy + place) = make_uint2(words[0], words[1]);
+        } else {
+            const uint32_t place = (DIM + 8 * (eight - DIM / 8)) * CUDA_KV_BLOCK + at;
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                cached[place + CUDA_KV_BLOCK * i] = copy[place + CUDA_KV_BLOCK * i] =
+                    (uint8_t)(words[i / 4] >> (8 * (i % 4)));
+        }
+        if (eight % 4 == 0) {
+            const uint32_t place = is_key ? row * GROUPS + group : DIM + CUDA_KV_BLOCK * group + at;
+            ((half *)(cached + kv_scales_at(DIM)))[place] = ((half *)(copy + kv_scales_at(DIM)))[place] = scale;
         }
     }
 };

@@ -112,17 +112,25 @@ struct cuda_activation {
 };
 
 /*
- * Causal attention over a paged f16 KV cache. A block holds CUDA_KV_BLOCK consecutive positions of one sequence for one
- * layer: for each KV head keys [CUDA_KV_BLOCK][head_dim], then values [head_dim][CUDA_KV_BLOCK].
+ * Causal attention over a paged KV cache. A block holds CUDA_KV_BLOCK consecutive positions of one sequence for one layer,
+ * for each KV head:
+ *   QUANT_F16: keys [CUDA_KV_BLOCK][head_dim], then values [head_dim][CUDA_KV_BLOCK];
+ *   QUANT_Q8_0: keys [head_dim / 32][row][32], where position 8 t + 2 j + e is row 8 j + 2 t + e, and values
+ *   [head_dim][CUDA_KV_BLOCK], each a byte q + 128; then scales in f16, of keys [row][head_dim / 32] and of values
+ *   [head_dim / 32][CUDA_KV_BLOCK].
+ * Q8_0 has a scale for every 32 dimensions of a position's key, and of its value: d = f16(m / 127), m the greatest absolute
+ * value of them, and q the integer nearest to x * (127 / m), both in f32, ties to even; 0 where d is 0. Where d is not
+ * finite it is NaN. What attention reads is f16(q d), and from there on all is as with QUANT_F16.
  */
 enum { CUDA_KV_BLOCK = 32, CUDA_KV_PIECE = 64, CUDA_HEAD_DIM_MAX = 256 };
 
 struct cuda_heads {
     uint32_t heads, kv_heads,
         head_dim; /* head_dim: a multiple of 32, at most CUDA_HEAD_DIM_MAX; 16 >= heads / kv_heads */
+    enum quant_type cache; /* QUANT_F16 or QUANT_Q8_0 */
 };
 
-/* Bytes of one block of one layer. */
+/* Bytes of one block of one layer, a multiple of 128. */
 size_t cuda_kv_block_bytes(const struct cuda_heads *heads);
 
 /* What the rows of a step are: arrays of `rows` but for the block tables. */
@@ -135,7 +143,7 @@ struct cuda_rows {
 
 /*
  * The heads of a row's projections: q and k get their RMS norm and NeoX rotation. q goes to `q` [rows][heads][head_dim]
- * in f16, times 1 / sqrt(head_dim) and log2(e) for the softmax in powers of two; k and v go to the cache as f16.
+ * in f16, times 1 / sqrt(head_dim) and log2(e) for the softmax in powers of two; k and v go to the cache.
  * qkv: [rows][heads + 2 kv_heads][head_dim]; cos_sin: [positions][head_dim / 2][2].
  */
 struct cuda_rope {

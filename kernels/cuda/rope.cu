@@ -5,6 +5,7 @@
  */
 #include <cuda_fp16.h>
 
+#include "kernels/cuda/kv_cache.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/rope.cuh"
 
@@ -16,7 +17,8 @@ constexpr uint32_t MANY_ROWS = 512; /* enough for all multiprocessors */
 struct parameters {
     const float *qkv, *q_norm, *k_norm, *cos_sin;
     const uint32_t *position, *table, *tables;
-    half *q, *cache;
+    half *q;
+    void *cache;
     uint32_t heads, kv_heads, rows;
     float epsilon, q_scale;
 };
@@ -31,8 +33,57 @@ __device__ __forceinline__ bool neighbours(const parameters &p, uint32_t first, 
     return all;
 }
 
+/* The way of keys or values of ROWS rows into a cache of Q8_0. `wide`: the rows are neighbours. */
+template <int DIM, int ROWS>
+__device__ __forceinline__ void store_q8_0(const parameters &p, const float (&x)[ROWS][DIM / 32],
+                                           const uint32_t (&block)[ROWS], const uint32_t (&position)[ROWS],
+                                           uint32_t kv_head, bool is_key, bool wide, int lane) {
+    const auto head = [&](int j) {
+        return (uint8_t *)p.cache + ((uint64_t)block[j] * p.kv_heads + kv_head) * kv_head_values<uint8_t>(DIM);
+    };
+    constexpr int GROUPS = DIM / 32;
+    float all[ROWS * GROUPS];
+#pragma unroll
+    for (int j = 0; j < ROWS; j++)
+#pragma unroll
+        for (int i = 0; i < GROUPS; i++)
+            all[j * GROUPS + i] = x[j][i];
+    /* Lane j GROUPS + i makes the scale of row j's group i: there is one division for all. */
+    uint32_t greatest = 0;
+#pragma unroll
+    for (int i = 0; i < ROWS * GROUPS; i++) {
+        const uint32_t of_group = __reduce_max_sync(0xffffffffu, kv_greatness(all[i]));
+        greatest = lane == i ? of_group : greatest;
+    }
+    float factor;
+    const half scale = kv_scale(greatest, factor);
+    uint8_t q[ROWS * GROUPS];
+#pragma unroll
+    for (int i = 0; i < ROWS * GROUPS; i++)
+        q[i] = kv_quantize(all[i], __shfl_sync(0xffffffffu, factor, i));
+#pragma unroll
+    for (int j = 0; j < ROWS; j++) {
+        const uint32_t at = position[j] % CUDA_KV_BLOCK, row = kv_key_row(at), i = lane - j * GROUPS;
+        if (i < GROUPS)
+            ((half *)(head(j) + kv_scales_at(DIM)))[is_key ? row * GROUPS + i : DIM + CUDA_KV_BLOCK * i + at] = scale;
+        if (wide)
+            continue;
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+            head(j)[is_key ? KV_TILE * g + 32 * row + lane : (DIM + lane + 32 * g) * CUDA_KV_BLOCK + at] =
+                q[j * GROUPS + g];
+    }
+    if constexpr (ROWS == MANY)
+        if (wide)
+#pragma unroll
+            for (int i = 0; i < GROUPS; i++)
+                *(uchar4 *)(head(0) + (DIM + lane + 32 * i) * CUDA_KV_BLOCK + position[0] % CUDA_KV_BLOCK) =
+                    make_uchar4(q[i], q[GROUPS + i], q[2 * GROUPS + i], q[3 * GROUPS + i]);
+}
+
 /* A warp takes a head of ROWS rows, of which those behind the last repeat it. */
-template <int DIM, int ROWS> __global__ void __launch_bounds__(WARPS * 32) rope_kernel(const parameters p) {
+template <class VALUE, int DIM, int ROWS>
+__global__ void __launch_bounds__(WARPS * 32) rope_kernel(const parameters p) {
     const int lane = threadIdx.x & 31;
     const uint32_t first = blockIdx.x * ROWS, head = blockIdx.y * WARPS + threadIdx.x / 32;
     const uint32_t all = p.heads + 2 * p.kv_heads;
@@ -68,11 +119,16 @@ template <int DIM, int ROWS> __global__ void __launch_bounds__(WARPS * 32) rope_
             x[j][i] = p.qkv[((uint64_t)row(j) * all + head) * DIM + lane + 32 * i];
     if (is_query || is_key)
         norm_and_rotate<DIM>(x, is_query ? p.q_norm : p.k_norm, cos_sin, p.epsilon, lane);
+    if constexpr (sizeof(VALUE) == 1)
+        if (!is_query) {
+            store_q8_0<DIM>(p, x, block, position, kv_head, is_key, wide, lane);
+            return;
+        }
     const auto out = [&](int j) {
         if (is_query)
             return p.q + ((uint64_t)row(j) * p.heads + head) * DIM;
         const uint32_t at = position[j] % CUDA_KV_BLOCK;
-        half *keys = p.cache + ((uint64_t)block[j] * p.kv_heads + kv_head) * 2 * DIM * CUDA_KV_BLOCK;
+        half *keys = (half *)p.cache + ((uint64_t)block[j] * p.kv_heads + kv_head) * 2 * DIM * CUDA_KV_BLOCK;
         return keys + (is_key ? at * DIM : DIM * CUDA_KV_BLOCK + at);
     };
     if constexpr (ROWS == MANY)
@@ -94,12 +150,23 @@ template <int DIM, int ROWS> __global__ void __launch_bounds__(WARPS * 32) rope_
             out(j)[(lane + 32 * i) * stride] = __float2half_rn(x[j][i] * scale);
 }
 
-template <int DIM> cudaError_t launch_rope(const parameters &p, cudaStream_t stream) {
+template <class VALUE, int DIM> cudaError_t launch_rope(const parameters &p, cudaStream_t stream) {
     const uint32_t groups = (p.heads + 2 * p.kv_heads + WARPS - 1) / WARPS;
     const dim3 block(WARPS * 32);
     return p.rows >= MANY_ROWS
-               ? launch(rope_kernel<DIM, MANY>, dim3((p.rows + MANY - 1) / MANY, groups), block, 0, stream, p)
-               : launch(rope_kernel<DIM, 1>, dim3(p.rows, groups), block, 0, stream, p);
+               ? launch(rope_kernel<VALUE, DIM, MANY>, dim3((p.rows + MANY - 1) / MANY, groups), block, 0, stream, p)
+               : launch(rope_kernel<VALUE, DIM, 1>, dim3(p.rows, groups), block, 0, stream, p);
+}
+
+template <class VALUE> cudaError_t launch_value(const parameters &p, uint32_t head_dim, cudaStream_t stream) {
+    switch (head_dim) {
+    case 32: return launch_rope<VALUE, 32>(p, stream);
+    case 64: return launch_rope<VALUE, 64>(p, stream);
+    case 96: return launch_rope<VALUE, 96>(p, stream);
+    case 128: return launch_rope<VALUE, 128>(p, stream);
+    case 256: return launch_rope<VALUE, 256>(p, stream);
+    default: return cudaErrorInvalidValue;
+    }
 }
 
 } // namespace
@@ -114,18 +181,15 @@ cudaError_t cuda_rope(const struct cuda_heads *heads, const struct cuda_rows *ro
                           rows->table,
                           rows->tables,
                           (half *)q,
-                          (half *)cache,
+                          cache,
                           heads->heads,
                           heads->kv_heads,
                           rows->rows,
                           rope->epsilon,
                           rope_query_scale(heads->head_dim)};
-    switch (heads->head_dim) {
-    case 32: return launch_rope<32>(p, stream);
-    case 64: return launch_rope<64>(p, stream);
-    case 96: return launch_rope<96>(p, stream);
-    case 128: return launch_rope<128>(p, stream);
-    case 256: return launch_rope<256>(p, stream);
+    switch (heads->cache) {
+    case QUANT_F16: return launch_value<half>(p, heads->head_dim, stream);
+    case QUANT_Q8_0: return launch_value<uint8_t>(p, heads->head_dim, stream);
     default: return cudaErrorInvalidValue;
     }
 }

@@ -2,6 +2,7 @@
 #include <stdbool.h>
 #include <time.h>
 
+#include "kernels/cpu/f16.h"
 #include "kernels/cuda/cuda.h"
 #include "tests/kernels/cuda_test.h"
 
@@ -9,7 +10,8 @@
  * cuda_rope and cuda_attention against float64 on random shapes: several sequences of odd lengths, blocks scattered over a
  * cache of NaN, all rows at once, split and not split, tiles in any order, and rows alone. All ways must give the same bits,
  * and where they round y to activations those of cuda_round; and so must cuda_rope of all rows and of each alone, and
- * attention that does what cuda_rope does.
+ * attention that does what cuda_rope does. Of a cache in Q8_0 float64 reads what is in it, which is held against what
+ * should be.
  */
 
 enum { SEQUENCES = 3, BLOCKS = 64, POSITIONS = BLOCKS * CUDA_KV_BLOCK, COLUMNS_MAX = 8192 };
@@ -45,8 +47,9 @@ static uint32_t random_length(struct random *random, enum kind kind, int sequenc
     return 1 + random_below(random, sequence == 0 ? 70 : sequence == 1 && kind == LONG ? POSITIONS : 300);
 }
 
-static void problem_make(struct random *random, enum kind kind, struct problem *p) {
+static void problem_make(struct random *random, enum kind kind, enum quant_type cache, struct problem *p) {
     static const uint32_t dims[] = {32, 64, 96, 128, 256};
+    p->heads.cache = cache;
     p->heads.head_dim = dims[kind == LONG ? 3 : random_below(random, 5)];
     p->heads.kv_heads = kind == LONG ? 1 : 1 + random_below(random, 4);
     p->heads.heads = p->heads.kv_heads * (kind == LONG ? 8 : 1 + random_below(random, 12));
@@ -104,22 +107,74 @@ static void head_reference(const struct problem *p, uint32_t row, uint32_t head,
     }
 }
 
-/* Relative error of some rows' y. */
-static double compare(struct random *random, const struct problem *p, const float *y) {
+/*
+ * What a block in Q8_0 has of a position: keys, or values, of a KV head as attention reads them, and their scales. By the
+ * words of cuda.h.
+ */
+static void unpack(const struct problem *p, const unsigned char *cache, uint32_t row, uint32_t kv, bool keys, double *x,
+                   double *scales) {
+    const uint32_t dim = p->heads.head_dim, groups = dim / 32, at = p->position[row] % CUDA_KV_BLOCK;
+    const uint32_t t = at / 8, j = at % 8 / 2, e = at % 2, key_row = 8 * j + 2 * t + e;
+    const uint32_t id = p->tables[p->table[row] + p->position[row] / CUDA_KV_BLOCK];
+    const unsigned char *head = cache + cuda_kv_block_bytes(&p->heads) * id + (size_t)kv * 68 * dim;
+    const uint16_t *key_scales = (const uint16_t *)(head + 64 * dim), *value_scales = key_scales + 32 * groups;
+    for (uint32_t d = 0; d < dim; d++) {
+        const uint16_t scale = keys ? key_scales[key_row * groups + d / 32] : value_scales[d / 32 * 32 + at];
+        const int q = keys ? head[(d / 32 * 32 + key_row) * 32 + d % 32] : head[32 * dim + d * 32 + at];
+        scales[d / 32] = cpu_f16_to_f32(scale);
+        x[d] = cpu_f16_to_f32(cpu_f32_to_f16((float)(q - 128) * cpu_f16_to_f32(scale)));
+    }
+}
+
+/*
+ * A row's key or value as attention reads it. off: the greatest distance from what Q8_0 should hold, in scales: half of one,
+ * and what 127 are off because the scale, and what is read, is rounded to f16.
+ */
+static void key_or_value(const struct problem *p, const unsigned char *cache, uint32_t row, uint32_t kv, bool key,
+                         double *x, double *off) {
     const uint32_t dim = p->heads.head_dim, all = p->heads.heads + 2 * p->heads.kv_heads;
+    const float *v = p->qkv + ((size_t)row * all + p->heads.heads + p->heads.kv_heads + kv) * dim;
+    double stored[CUDA_HEAD_DIM_MAX], scales[CUDA_HEAD_DIM_MAX / 32];
+    if (key)
+        head_reference(p, row, p->heads.heads + kv, p->k_norm, x);
+    for (uint32_t d = 0; d < dim && !key; d++)
+        x[d] = v[d];
+    if (p->heads.cache == QUANT_F16)
+        return;
+    unpack(p, cache, row, kv, key, stored, scales);
+    for (uint32_t d = 0; d < dim; d++) {
+        const double distance = fabs(stored[d] - x[d]) / scales[d / 32];
+        if (!(distance <= *off))
+            *off = isnan(distance) ? INFINITY : distance;
+        x[d] = stored[d];
+    }
+    for (uint32_t d = 0; d < dim; d += 32) { /* the greatest value of a group is 127 scales: no scale is too large */
+        double greatest = 0;
+        for (uint32_t i = d; i < d + 32; i++)
+            greatest = fabs(x[i]) > greatest ? fabs(x[i]) : greatest;
+        *off = greatest / scales[d / 32] > 126.9 ? *off : INFINITY;
+    }
+}
+
+/* Relative error of some rows' y. */
+static double compare(struct random *random, const struct problem *p, const unsigned char *cache, const float *y,
+                      double *off) {
+    const uint32_t dim = p->heads.head_dim;
     double error = 0, norm = 0;
+    *off = 0;
     for (int trial = 0; trial < 12; trial++) {
         const uint32_t row = random_below(random, p->rows), head = random_below(random, p->heads.heads);
         const uint32_t kv = head / (p->heads.heads / p->heads.kv_heads), first = row - p->position[row];
-        double q[CUDA_HEAD_DIM_MAX], k[CUDA_HEAD_DIM_MAX], out[CUDA_HEAD_DIM_MAX] = {0}, total = 0;
+        double q[CUDA_HEAD_DIM_MAX], k[CUDA_HEAD_DIM_MAX], v[CUDA_HEAD_DIM_MAX], out[CUDA_HEAD_DIM_MAX] = {0};
+        double total = 0;
         head_reference(p, row, head, p->q_norm, q);
         for (uint32_t r = first; r <= row; r++) {
             double score = 0;
-            head_reference(p, r, p->heads.heads + kv, p->k_norm, k);
+            key_or_value(p, cache, r, kv, true, k, off);
+            key_or_value(p, cache, r, kv, false, v, off);
             for (uint32_t d = 0; d < dim; d++)
                 score += q[d] * k[d];
             const double weight = exp(score / sqrt(dim));
-            const float *v = p->qkv + ((size_t)r * all + p->heads.heads + p->heads.kv_heads + kv) * dim;
             total += weight;
             for (uint32_t d = 0; d < dim; d++)
                 out[d] += weight * v[d];
@@ -214,12 +269,21 @@ static void make_tiles(struct random *random, const struct problem *p, enum way 
     free(counts);
 }
 
-/* Overwrites what a block holds of a position with NaN. */
-static void spoil(const struct cuda_heads *heads, uint16_t *block, uint32_t position) {
-    const uint32_t dim = heads->head_dim, at = position % CUDA_KV_BLOCK;
-    for (uint32_t kv = 0; kv < heads->kv_heads; kv++, block += 2 * dim * CUDA_KV_BLOCK)
-        for (uint32_t d = 0; d < dim; d++)
-            block[at * dim + d] = block[(dim + d) * CUDA_KV_BLOCK + at] = 0xffff;
+/* Overwrites what a block holds of a position with NaN: in Q8_0 of a key alone the scales. */
+static void spoil(const struct cuda_heads *heads, void *block, uint32_t position) {
+    const uint32_t dim = heads->head_dim, groups = dim / 32, at = position % CUDA_KV_BLOCK;
+    for (uint32_t kv = 0; kv < heads->kv_heads; kv++) {
+        uint16_t *halves = (uint16_t *)block + (size_t)kv * 2 * dim * CUDA_KV_BLOCK;
+        unsigned char *bytes = (unsigned char *)block + (size_t)kv * 68 * dim;
+        uint16_t *scales = (uint16_t *)(bytes + 64 * dim), key_row = at % 8 / 2 * 8 + at / 8 * 2 + at % 2;
+        if (heads->cache == QUANT_F16)
+            for (uint32_t d = 0; d < dim; d++)
+                halves[at * dim + d] = halves[(dim + d) * CUDA_KV_BLOCK + at] = 0xffff;
+        for (uint32_t d = 0; d < dim && heads->cache == QUANT_Q8_0; d++) {
+            bytes[(dim + d) * CUDA_KV_BLOCK + at] = 0xff;
+            scales[key_row * groups + d / 32] = scales[32 * groups + d / 32 * 32 + at] = 0xffff;
+        }
+    }
 }
 
 /* A position of so many; every other time one that begins or ends a block, if there is one. */
@@ -255,8 +319,7 @@ static bool rope_within_is_same(struct random *random, const struct problem *p, 
             position[i] = p->position[from[i]];
             table[i] = p->table[from[i]];
             memcpy(qkv + i * all * dim, p->qkv + (size_t)from[i] * all * dim, qkv_row);
-            spoil(&p->heads,
-                  (uint16_t *)(got + cuda_kv_block_bytes(&p->heads) * p->tables[table[i] + position[i] / CUDA_KV_BLOCK]),
+            spoil(&p->heads, got + cuda_kv_block_bytes(&p->heads) * p->tables[table[i] + position[i] / CUDA_KV_BLOCK],
                   position[i]);
         }
         struct cuda_attention a = *attention;
@@ -290,12 +353,69 @@ static bool rope_within_is_same(struct random *random, const struct problem *p, 
     return same;
 }
 
+/* Groups that Q8_0 cannot hold become NaN and no other does; one of zeros, and of what is too small for f16, is zeros. */
+static void test_odd_groups(struct random *random) {
+    struct problem p;
+    problem_make(random, MANY, QUANT_Q8_0, &p);
+    const uint32_t dim = p.heads.head_dim, all = p.heads.heads + 2 * p.heads.kv_heads, kv = p.heads.kv_heads - 1;
+    const size_t cache_bytes = cuda_kv_block_bytes(&p.heads) * SEQUENCES * BLOCKS;
+    static const float odd[] = {NAN, INFINITY, -INFINITY, 1e7f, 0, 1e-7f};
+    enum { ODD = sizeof odd / sizeof *odd };
+    for (uint32_t i = 0; i < ODD; i++) { /* of values of row i of the second sequence, group i % groups */
+        float *v = p.qkv + ((size_t)(p.lengths[0] + i) * all + p.heads.heads + p.heads.kv_heads + kv) * dim;
+        for (uint32_t d = 0; d < 32; d++)
+            v[i * 32 % dim + d] = i < 4 && d != i ? v[i * 32 % dim + d] : odd[i];
+    }
+    p.qkv[((size_t)(p.lengths[0] + 7) * all + p.heads.heads + kv) * dim] = NAN; /* of a key: its norm spreads it */
+    const struct cuda_rope rope = {
+        .qkv = cuda_test_buffer(p.qkv, sizeof(float) * p.rows * all * dim),
+        .q_norm = cuda_test_buffer(p.q_norm, sizeof(float) * dim),
+        .k_norm = cuda_test_buffer(p.k_norm, sizeof(float) * dim),
+        .cos_sin = cuda_test_buffer(p.cos_sin, sizeof(float) * p.longest * dim),
+        .epsilon = 1e-6f,
+    };
+    const struct cuda_rows rows = {cuda_test_buffer(p.position, sizeof(uint32_t) * p.rows),
+                                   cuda_test_buffer(p.table, sizeof(uint32_t) * p.rows),
+                                   cuda_test_buffer(p.tables, sizeof p.tables), p.rows};
+    void *q = cuda_test_buffer(NULL, 2 * (size_t)p.rows * p.heads.heads * dim),
+         *device = cuda_test_buffer(NULL, cache_bytes);
+    CUDA_CHECK(cuda_rope(&p.heads, &rows, &rope, q, device, 0));
+    unsigned char *cache = malloc(cache_bytes);
+    cuda_test_fetch(cache, device, cache_bytes);
+    bool shows = true, zeros = true, others = true;
+    for (uint32_t row = 0; row < p.rows; row++)
+        for (uint32_t key = 0; key < 2; key++) {
+            double x[CUDA_HEAD_DIM_MAX], scales[CUDA_HEAD_DIM_MAX / 32];
+            const uint32_t i = row - p.lengths[0]; /* large in the first sequence */
+            unpack(&p, cache, row, kv, key, x, scales);
+            for (uint32_t d = 0; d < dim; d++) {
+                const bool is_odd = key ? i == 7 : i < ODD && d / 32 == i * 32 % dim / 32;
+                if (is_odd && (key || i < 4))
+                    shows = shows && isnan(x[d]);
+                else if (is_odd)
+                    zeros = zeros && x[d] == 0;
+                else
+                    others = others && isfinite(x[d]);
+            }
+        }
+    tap_ok(shows && zeros && others,
+           "Q8_0: what is not finite or too large %s, what is too small is %s, other groups are %s",
+           shows ? "shows" : "is HIDDEN", zeros ? "zero" : "NOT zero", others ? "themselves" : "SPOILT");
+    const void *const buffers[] = {rope.qkv,  rope.q_norm, rope.k_norm, rope.cos_sin, rows.position,
+                                   rows.table, rows.tables, q,           device};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
+        cudaFree((void *)buffers[i]);
+    free(cache);
+    problem_free(&p);
+}
+
 int main(void) {
     struct random random;
     cuda_test_begin(&random);
-    for (int round = 0; round < 30; round++) {
+    test_odd_groups(&random);
+    for (int round = 0; round < 60; round++) {
         struct problem p;
-        problem_make(&random, (enum kind)(round % KINDS), &p);
+        problem_make(&random, (enum kind)(round % KINDS), round % 2 ? QUANT_Q8_0 : QUANT_F16, &p);
         const uint32_t dim = p.heads.head_dim, all = p.heads.heads + 2 * p.heads.kv_heads;
         const size_t y_bytes = sizeof(float) * p.rows * p.heads.heads * dim;
         const size_t cache_bytes = cuda_kv_block_bytes(&p.heads) * SEQUENCES * BLOCKS;
@@ -333,14 +453,19 @@ int main(void) {
         }
         const bool takes_rope = cuda_attention_takes_rope(&p.heads),
                    within = !takes_rope || rope_within_is_same(&random, &p, &a, &rope_of, y[WHOLE]);
-        const double error = compare(&random, &p, y[WHOLE]);
+        unsigned char *cached = malloc(cache_bytes);
+        cuda_test_fetch(cached, cache, cache_bytes);
+        double off;
+        const double error = compare(&random, &p, cached, y[WHOLE], &off);
+        free(cached);
         const bool split = memcmp(y[WHOLE], y[SPLIT], y_bytes) == 0, mixed = memcmp(y[WHOLE], y[MIXED], y_bytes) == 0,
                    alone = memcmp(y[WHOLE], y[ROWS_WHOLE], y_bytes) == 0 &&
                            memcmp(y[WHOLE], y[ROWS_SPLIT], y_bytes) == 0;
-        tap_ok(error < 2e-3 && split && alone && mixed && rounded && rope && within,
-               "%u heads of %u, %u kv heads, lengths %u %u %u: relative error %.1e, split %s, alone %s, mixed %s, rounded "
-               "%s, rope alone %s, within attention %s",
-               p.heads.heads, dim, p.heads.kv_heads, p.lengths[0], p.lengths[1], p.lengths[2], error,
+        tap_ok(error < 2e-3 && off < 0.63 && split && alone && mixed && rounded && rope && within,
+               "%s, %u heads of %u, %u kv heads, lengths %u %u %u: relative error %.1e, cache off by %.3f, split %s, alone "
+               "%s, mixed %s, rounded %s, rope alone %s, within attention %s",
+               p.heads.cache == QUANT_Q8_0 ? "q8_0" : "f16", p.heads.heads, dim, p.heads.kv_heads, p.lengths[0],
+               p.lengths[1], p.lengths[2], error, off,
                split ? "the same" : "DIFFERENT", alone ? "the same" : "DIFFERENT", mixed ? "the same" : "DIFFERENT",
                rounded ? "the same" : "DIFFERENT", rope ? "the same" : "DIFFERENT",
                !takes_rope ? "not done" : within ? "the same" : "DIFFERENT");
