@@ -1,5 +1,7 @@
 #include "worker/executor.h"
 
+#include <string.h>
+
 enum { SEQUENCES_MAX = 1 << 16, STEP_TOKENS_MAX = 1 << 16 };
 
 int executor_check_options(const struct model_config *config, const struct executor_options *options,
@@ -16,5 +18,16 @@ int executor_check_options(const struct model_config *config, const struct execu
     if (!(options->memory_fraction > 0 && options->memory_fraction <= memory_fraction_max))
         return status_set(status, STATUS_INVALID_ARGUMENT, "memory_fraction: %g, allowed is above 0 to %g",
                           options->memory_fraction, memory_fraction_max);
+    return 0;
+}
+
+int executor_kv_type(const struct executor_options *options, enum quant_type *type, struct status *status) {
+    const char *name = options->kv_type ? options->kv_type : "f16";
+    if (strcmp(name, "f16") == 0)
+        *type = QUANT_F16;
+    else if (strcmp(name, "q8_0") == 0)
+        *type = QUANT_Q8_0;
+    else
+        return status_set(status, STATUS_INVALID_ARGUMENT, "kv_type: \"%s\", allowed are f16 and q8_0", name);
     return 0;
 }

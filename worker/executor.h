@@ -24,6 +24,7 @@ struct executor_options {
     uint32_t context_length; /* longest sequence, at most the model's; 0: the model's */
     double memory_fraction; /* of the device's memory, weights and KV cache together */
     uint64_t kv_bytes;      /* size of the KV cache; 0: from memory_fraction, at most what all slots can fill */
+    const char *kv_type;    /* what keys and values are kept in: "f16" or "q8_0"; NULL: f16 */
     const char *isa;        /* CPU: "auto", "c", "avx2" or "avx512" */
     const char *repack;     /* CPU: "auto", "on" or "off": a copy of the weights in the kernels' own order */
 };
@@ -113,6 +114,9 @@ struct executor {
 /* What every executor wants of its options: the limits above, and at most that share of the device's memory. */
 int executor_check_options(const struct model_config *config, const struct executor_options *options,
                            double memory_fraction_max, struct status *status);
+
+/* The type that options->kv_type names. */
+int executor_kv_type(const struct executor_options *options, enum quant_type *type, struct status *status);
 
 extern const struct executor_ops executor_cpu;
 extern const struct executor_ops executor_cuda; /* in builds with CUDA */

@@ -88,6 +88,9 @@ static void lay_out_scratch(struct executor_cpu *cpu, struct arena *arena) {
             .up = arena_take(arena, items, sizeof(float)),
             .sampler = arena_take(arena, sampler_scratch_bytes(config->vocab_size), 1),
         };
+        if (cpu->kv_type == QUANT_Q8_0)
+            thread.expanded = arena_take(arena, CPU_KV_PIECE / CPU_KV_BLOCK,
+                                         cpu_kv_block_bytes(QUANT_F16, config->head_dim));
         if (arena->memory)
             cpu->threads[t] = thread;
     }
@@ -205,7 +208,8 @@ static int cpu_open(const struct model *model, const struct executor_options *op
                     struct status *status) {
     *out = NULL;
     const struct model_config *config = &model->config;
-    if (executor_check_options(config, options, 1, status) < 0)
+    enum quant_type kv_type;
+    if (executor_check_options(config, options, 1, status) < 0 || executor_kv_type(options, &kv_type, status) < 0)
         return -1;
     struct executor_cpu *cpu = calloc(1, sizeof *cpu);
     if (!cpu)
@@ -221,7 +225,8 @@ static int cpu_open(const struct model *model, const struct executor_options *op
         .context_length = options->context_length ? options->context_length : config->context_length,
         .max_outputs = (uint32_t)least(options->step_tokens, most(options->max_sequences, OUTPUTS_LEAST)),
     };
-    cpu->kv_block_bytes = cpu_kv_block_bytes(QUANT_F16, config->head_dim);
+    cpu->kv_type = kv_type;
+    cpu->kv_block_bytes = cpu_kv_block_bytes(kv_type, config->head_dim);
 
     bool repack = false;
     struct arena arena = {.alignment = ALIGNMENT};
@@ -254,6 +259,7 @@ static int cpu_open(const struct model *model, const struct executor_options *op
     name_device(cpu, info->device, sizeof info->device);
     log_info("executor_ready", LOG_STR("device", info->device), LOG_STR("repacked", repack ? "yes" : "no"),
              LOG_UINT("weights_mib", (repack ? cpu->weights.bytes : config->tensor_bytes) >> 20),
+             LOG_STR("kv_type", options->kv_type ? options->kv_type : "f16"),
              LOG_UINT("kv_mib", cpu->kv_bytes >> 20),
              LOG_UINT("kv_positions", (uint64_t)info->kv_blocks * CPU_KV_BLOCK),
              LOG_UINT("buffers_mib", cpu->scratch_bytes >> 20));

@@ -60,6 +60,7 @@ struct cpu_thread {
     const void *in[CPU_ITEM_ROWS]; /* the arguments of matmul_tile */
     float *out[CPU_ITEM_ROWS];
     float *gate, *up; /* [CPU_ITEM_ROWS][CPU_GROUP] */
+    void *expanded;   /* blocks of a piece of attention in f16; NULL where the cache is in f16 */
     void *sampler;
 };
 
@@ -88,6 +89,7 @@ struct executor_cpu {
 
     unsigned char *kv; /* [kv_blocks][layers][KV heads][kv_block_bytes] */
     size_t kv_bytes, kv_block_bytes;
+    enum quant_type kv_type;
 
     /* Buffers of a step, cut from one allocation. */
     void *scratch;

@@ -37,7 +37,7 @@ static void store_keys(struct executor_cpu *cpu, uint32_t row) {
         size_t at = ((size_t)row * config->head_count_kv + h) * dim;
         cpu->kernels->rms_norm(cpu->k + at, norm, dim, config->rms_epsilon, cpu->k + at);
         cpu->kernels->rope(cpu->k + at, dim, cpu->rope + (size_t)row * dim);
-        cpu->kernels->attention->store(QUANT_F16, kv_head(cpu, h) + block * kv_block_stride(cpu),
+        cpu->kernels->attention->store(cpu->kv_type, kv_head(cpu, h) + block * kv_block_stride(cpu),
                                        position % CPU_KV_BLOCK, dim, cpu->k + at, cpu->v + at);
     }
 }
@@ -103,7 +103,7 @@ static void attend_items(void *context, uint32_t first, uint32_t end, uint32_t t
         float *partial = cpu->partial + group->partial + (size_t)head * group->tokens * heads * group->pieces * floats;
         struct cpu_attention_rows rows = {
             .head_dim = dim,
-            .type = QUANT_F16,
+            .type = cpu->kv_type,
             .scale = 1.0f / sqrtf((float)dim),
             .q = cpu->q + ((size_t)group->row * config->head_count + head * heads) * dim,
             .token_stride = (size_t)config->head_count * dim,
@@ -113,6 +113,7 @@ static void attend_items(void *context, uint32_t first, uint32_t end, uint32_t t
             .cache = kv_head(cpu, head),
             .block_stride = kv_block_stride(cpu),
             .blocks = group->sequence->blocks,
+            .expanded = cpu->threads[thread].expanded,
         };
         cpu->kernels->attention->run(&rows, piece, partial + piece * floats, group->pieces * floats);
         atomic_uint *left = &cpu->group_pieces_left[(size_t)(group - cpu->groups) * heads_kv + head];

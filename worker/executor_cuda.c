@@ -276,7 +276,9 @@ static int cuda_open(const struct model *model, const struct executor_options *o
                      struct status *status) {
     *out = NULL;
     const struct model_config *config = &model->config;
-    if (executor_check_options(config, options, 0.95, status) < 0 || check_model(config, status) < 0)
+    enum quant_type kv_type;
+    if (executor_check_options(config, options, 0.95, status) < 0 ||
+        executor_kv_type(options, &kv_type, status) < 0 || check_model(config, status) < 0)
         return -1;
     struct executor_cuda *cuda = calloc(1, sizeof *cuda);
     if (!cuda)
@@ -284,7 +286,7 @@ static int cuda_open(const struct model *model, const struct executor_options *o
     struct executor_info *info = &cuda->base.info;
     cuda->base.ops = &executor_cuda;
     cuda->model = model;
-    cuda->heads = (struct cuda_heads){config->head_count, config->head_count_kv, config->head_dim, QUANT_F16};
+    cuda->heads = (struct cuda_heads){config->head_count, config->head_count_kv, config->head_dim, kv_type};
     *info = (struct executor_info){
         .backend = "cuda",
         .kv_block_tokens = CUDA_KV_BLOCK,
@@ -312,6 +314,7 @@ static int cuda_open(const struct model *model, const struct executor_options *o
     if (cudaMemGetInfo(&free_bytes, &total) == cudaSuccess)
         info->memory_used = total - free_bytes;
     log_info("executor_ready", LOG_STR("device", info->device), LOG_UINT("weights_mib", cuda->weights.bytes >> 20),
+             LOG_STR("kv_type", options->kv_type ? options->kv_type : "f16"),
              LOG_UINT("kv_mib", cuda->kv_layer_bytes * config->block_count >> 20),
              LOG_UINT("kv_positions", (uint64_t)info->kv_blocks * CUDA_KV_BLOCK),
              LOG_UINT("buffers_mib", arena.used >> 20), LOG_UINT("graphs", cuda->graph_count),

@@ -5,6 +5,7 @@
 #include "common/metrics.h"
 
 static const char *const backends[] = {"auto", "cpu", "cuda", NULL};
+static const char *const kv_types[] = {"f16", "q8_0", NULL};
 static const char *const isas[] = {"auto", "c", "avx2", "avx512", NULL};
 static const char *const repacks[] = {"auto", "on", "off", NULL};
 static const char *const switches[] = {"on", "off", NULL};
@@ -16,6 +17,7 @@ int worker_options_parse(int argc, char **argv, struct worker_options *out, stru
     *out = (struct worker_options){
         .backend = "auto",
         .memory_fraction = 0.95,
+        .kv_type = "f16",
         .isa = "auto",
         .repack = "auto",
         .prefix_cache = "on",
@@ -54,6 +56,9 @@ int worker_options_parse(int argc, char **argv, struct worker_options *out, stru
          .real_max = 1, .help = "Of the device's memory, for weights and KV cache together."},
         {.name = "kv-size", .type = OPTION_UINT, .value = &out->kv_bytes, .argument = "BYTES",
          .help = "Size of the KV cache; 0: what memory-fraction leaves, at most what all sequences can fill."},
+        {.name = "kv-type", .type = OPTION_CHOICE, .value = &out->kv_type, .argument = "TYPE", .choices = kv_types,
+         .help = "What the KV cache holds keys and values in: q8_0 takes 8.5 bits for each instead of 16, and rounds "
+                 "them to 8."},
         {.name = "prefix-cache", .type = OPTION_CHOICE, .value = &out->prefix_cache, .argument = "WHEN",
          .choices = switches,
          .help = "Whether prompts that begin alike are computed once, as long as the KV cache has room for what they "
@@ -114,6 +119,7 @@ void worker_options_executor(const struct worker_options *options, struct execut
         .context_length = (uint32_t)options->context_length,
         .memory_fraction = options->memory_fraction,
         .kv_bytes = options->kv_bytes,
+        .kv_type = options->kv_type,
         .isa = options->isa,
         .repack = options->repack,
     };

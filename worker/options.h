@@ -13,7 +13,7 @@ struct worker_options {
     const char *worker_id;
     uint64_t device, threads, max_sequences, step_tokens, context_length, kv_bytes;
     double memory_fraction;
-    const char *isa, *repack, *prefix_cache;
+    const char *kv_type, *isa, *repack, *prefix_cache;
     uint64_t heartbeat_ms;
     const char *metrics_listen, *metrics_prefix; /* listen NULL: no metrics */
     const char *log_level, *log_format;

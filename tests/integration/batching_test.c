@@ -90,10 +90,9 @@ static uint64_t press(struct service *service, uint64_t *random) {
     return cached_tokens;
 }
 
-static void pressed_requests_are_the_same_as_alone(void **state) {
-    static const char *const shared[] = {"--max-sequences=12", "--step-tokens=64", "--kv-size=400k", "--log-level=debug",
-                                         NULL};
-    static const char *const plain[] = {"--max-sequences=1", "--prefix-cache=off", NULL};
+static void pressed_are_as_alone(const char *kv_type, const char *kv_size) {
+    const char *const shared[] = {"--max-sequences=12", "--step-tokens=64", kv_size, kv_type, "--log-level=debug", NULL};
+    const char *const plain[] = {"--max-sequences=1", "--prefix-cache=off", kv_type, NULL};
     struct service service;
     uint64_t random = random_seed();
     for (size_t i = 0; i < PREFIXES; i++)
@@ -124,6 +123,14 @@ static void pressed_requests_are_the_same_as_alone(void **state) {
         generation_free(&requests[i].pressed);
     }
     service_close(&service);
+}
+
+static void pressed_requests_are_the_same_as_alone(void **state) {
+    pressed_are_as_alone("--kv-type=f16", "--kv-size=400k");
+}
+
+static void pressed_requests_are_the_same_with_a_cache_in_q8_0(void **state) {
+    pressed_are_as_alone("--kv-type=q8_0", "--kv-size=212k");
 }
 
 /* A conversation computes what is new of it, its own answers included; a Forward shares it, too. */
@@ -170,6 +177,7 @@ static int setup(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(pressed_requests_are_the_same_as_alone, harness_stop_all),
+        cmocka_unit_test_teardown(pressed_requests_are_the_same_with_a_cache_in_q8_0, harness_stop_all),
         cmocka_unit_test_teardown(a_conversation_computes_what_is_new, harness_stop_all),
     };
     return cmocka_run_group_tests(tests, setup, model_teardown);

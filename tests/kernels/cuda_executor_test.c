@@ -33,7 +33,8 @@ static const struct synth_shape shape_plain = {.hidden = 96,
                                                .vocab = 301,
                                                .ctx = 300};
 
-static void test_parity(const char *what, const struct synth_shape *shape, const char *quant, bool tied) {
+static void test_parity(const char *what, const struct synth_shape *shape, const char *quant, bool tied,
+                        const char *kv_type) {
     char path[64], text[PARITY_TEXT];
     struct executor_driver *driver = NULL;
     struct reference *reference = NULL;
@@ -45,7 +46,7 @@ static void test_parity(const char *what, const struct synth_shape *shape, const
     model_write(shape, quant, tied, path);
     for (int i = 0; i < PARITY_TOKENS; i++)
         tokens[i] = random_below((uint32_t)shape->vocab);
-    if (driver_open(&executor_cuda, path, "auto", "auto", &driver, &status) ||
+    if (driver_open(&executor_cuda, path, "auto", "auto", kv_type, &driver, &status) ||
         driver_forward(driver, tokens, PARITY_TOKENS, 0, &result, &status) ||
         reference_open(path, &reference, &status) ||
         reference_forward(reference, tokens, PARITY_TOKENS, result.experts, &expected, &status)) {
@@ -63,9 +64,10 @@ static void test_parity(const char *what, const struct synth_shape *shape, const
 }
 
 static void test_invariance(const char *what, const struct synth_shape *shape, const char *quant, bool tied,
-                            uint32_t steps) {
+                            const char *kv_type, uint32_t steps) {
     struct model *model = model_make(shape, quant, tied);
     struct executor_options options = options_make("auto", 2, "auto");
+    options.kv_type = kv_type;
     struct text texts[SEQUENCES];
     struct executor *executor = executor_make(&executor_cuda, model, &options);
     texts_make(texts, model);
@@ -123,9 +125,10 @@ static bool prefill(struct executor *executor, const struct model *model, const 
 }
 
 /* Steps of so many rows that other kernels take them give the bits of steps of few. */
-static void test_many_rows(const char *what, const struct synth_shape *shape, const char *quant) {
+static void test_many_rows(const char *what, const struct synth_shape *shape, const char *quant, const char *kv_type) {
     struct model *model = model_make(shape, quant, false);
     struct executor_options options = options_make("auto", 2, "auto");
+    options.kv_type = kv_type;
     options.step_tokens = MANY_TOKENS;
     struct executor *executor = executor_make(&executor_cuda, model, &options);
     const struct model_config *config = &model->config;
@@ -250,8 +253,8 @@ static double cosine(const float *a, const float *b, uint32_t n) {
     return ab / sqrt(aa * bb);
 }
 
-/* On a file that is too large for the reference, the executors against each other. */
-static void test_file(const char *path) {
+/* The executors against each other: on a file that is too large for the reference, and with a cache it does not have. */
+static void test_alike(const char *path, const char *kv_type) {
     const struct executor_ops *const ops[2] = {&executor_cpu, &executor_cuda};
     struct driver_result results[2] = {0};
     struct status status = {0};
@@ -263,7 +266,7 @@ static void test_file(const char *path) {
         tokens[i] = random_below(model->config.vocab_size);
     for (int i = 0; i < 2 && done; i++) {
         struct executor_driver *driver = NULL;
-        done = driver_open(ops[i], path, "auto", "off", &driver, &status) == 0 &&
+        done = driver_open(ops[i], path, "auto", "off", kv_type, &driver, &status) == 0 &&
                driver_forward(driver, tokens, PARITY_TOKENS, 0, &results[i], &status) == 0;
         driver_close(driver);
     }
@@ -273,8 +276,9 @@ static void test_file(const char *path) {
         worst = c >= worst ? worst : c; /* a NaN is the worst */
         sum += c;
     }
-    tap_ok(done && worst >= 0.99 && sum / PARITY_TOKENS >= 0.999, "%s: cosine to the CPU's logits %.5f, mean %.6f %s", path,
-           worst, sum / PARITY_TOKENS, status.message);
+    tap_ok(done && worst >= 0.99 && sum / PARITY_TOKENS >= 0.999,
+           "%s, cache in %s: cosine to the CPU's logits %.5f, mean %.6f %s", path, kv_type, worst, sum / PARITY_TOKENS,
+           status.message);
     driver_result_free(&results[0]);
     driver_result_free(&results[1]);
     model_close(model);
@@ -288,25 +292,35 @@ int main(void) {
     log_setup("cuda_executor_test", LOG_WARN, LOG_TEXT);
     random_begin();
     if (getenv("MOED_TEST_MODEL")) {
-        test_file(getenv("MOED_TEST_MODEL"));
+        test_alike(getenv("MOED_TEST_MODEL"), "f16");
+        test_alike(getenv("MOED_TEST_MODEL"), "q8_0");
         return tap_done();
     }
     test_histories("tiny", &shape_tiny);
     test_profile("tiny", &shape_tiny);
-    test_parity("tiny q4_k_m", &shape_tiny, "q4_k_m", false);
-    test_parity("tiny q5_k", &shape_tiny, "q5_k", true);
-    test_parity("tiny q6_k", &shape_tiny, "q6_k", false);
-    test_parity("tiny mixed", &shape_tiny, "mixed", true);
-    test_parity("plain q8_0", &shape_plain, "q8_0", false);
-    test_parity("plain f16", &shape_plain, "f16", true);
-    test_parity("plain bf16", &shape_plain, "bf16", false);
-    test_parity("plain f32", &shape_plain, "f32", true);
-    test_parity("layer q4_k_m", &shape_layer, "q4_k_m", false);
-    test_invariance("tiny q4_k_m", &shape_tiny, "q4_k_m", false, STEPS_RAGGED);
-    test_invariance("tiny mixed", &shape_tiny, "mixed", true, STEPS_RAGGED / 4);
-    test_invariance("plain mixed", &shape_plain, "mixed", false, STEPS_RAGGED / 4);
-    test_invariance("layer q4_k_m", &shape_layer, "q4_k_m", false, STEPS_RAGGED / 4);
-    test_many_rows("layer q4_k_m", &shape_layer, "q4_k_m");
-    test_many_rows("layer mixed", &shape_layer, "mixed");
+    static const char *const kv_types[] = {"f16", "q8_0"};
+    for (int i = 0; i < 2; i++) {
+        const char *kv_type = kv_types[i];
+        tap_note("KV cache in %s", kv_type);
+        test_parity("tiny q4_k_m", &shape_tiny, "q4_k_m", false, kv_type);
+        test_parity("tiny q5_k", &shape_tiny, "q5_k", true, kv_type);
+        test_parity("tiny q6_k", &shape_tiny, "q6_k", false, kv_type);
+        test_parity("tiny mixed", &shape_tiny, "mixed", true, kv_type);
+        test_parity("plain q8_0", &shape_plain, "q8_0", false, kv_type);
+        test_parity("plain f16", &shape_plain, "f16", true, kv_type);
+        test_parity("plain bf16", &shape_plain, "bf16", false, kv_type);
+        test_parity("plain f32", &shape_plain, "f32", true, kv_type);
+        test_parity("layer q4_k_m", &shape_layer, "q4_k_m", false, kv_type);
+        test_invariance("tiny q4_k_m", &shape_tiny, "q4_k_m", false, kv_type, STEPS_RAGGED);
+        test_invariance("tiny mixed", &shape_tiny, "mixed", true, kv_type, STEPS_RAGGED / 4);
+        test_invariance("plain mixed", &shape_plain, "mixed", false, kv_type, STEPS_RAGGED / 4);
+        test_invariance("layer q4_k_m", &shape_layer, "q4_k_m", false, kv_type, STEPS_RAGGED / 4);
+        test_many_rows("layer q4_k_m", &shape_layer, "q4_k_m", kv_type);
+        test_many_rows("layer mixed", &shape_layer, "mixed", kv_type);
+    }
+    char path[64];
+    model_write(&shape_layer, "q4_k_m", false, path);
+    test_alike(path, "q8_0");
+    unlink(path);
     return tap_done();
 }

@@ -14,10 +14,10 @@ struct executor_driver {
 };
 
 int driver_open(const struct executor_ops *ops, const char *path, const char *isa, const char *repack,
-                struct executor_driver **out, struct status *status) {
+                const char *kv_type, struct executor_driver **out, struct status *status) {
     const struct executor_options options = {
         .threads = 2, .max_sequences = 1, .step_tokens = DRIVER_STEP_TOKENS, .memory_fraction = 0.5,
-        .isa = isa, .repack = repack,
+        .isa = isa, .repack = repack, .kv_type = kv_type,
     };
     struct executor_driver *driver = calloc(1, sizeof *driver);
     if (!driver) return status_set(status, STATUS_RESOURCE_EXHAUSTED, "out of memory");

@@ -16,9 +16,9 @@ struct driver_result {
     float *weights;    /* the same shape */
 };
 
-/* Opens a model file on an executor; isa and repack as in executor_options. *out is to be freed with driver_close. */
+/* Opens a model file on an executor; isa, repack and kv_type as in executor_options. *out: for driver_close. */
 int driver_open(const struct executor_ops *ops, const char *path, const char *isa, const char *repack,
-                struct executor_driver **out, struct status *status);
+                const char *kv_type, struct executor_driver **out, struct status *status);
 void driver_close(struct executor_driver *driver);
 const struct executor_info *driver_info(const struct executor_driver *driver);
 

@@ -38,6 +38,9 @@ static void test_options(const struct model *model) {
     bad.repack = "maybe";
     refused(model, bad, STATUS_INVALID_ARGUMENT, "maybe");
     bad = good;
+    bad.kv_type = "q4_0";
+    refused(model, bad, STATUS_INVALID_ARGUMENT, "kv_type: \"q4_0\", allowed are f16 and q8_0");
+    bad = good;
     bad.threads = 1u << 20;
     refused(model, bad, STATUS_INVALID_ARGUMENT, "threads");
     bad = good;
@@ -59,6 +62,7 @@ static void test_info(const struct model *model) {
     const struct model_config *config = &model->config;
     const uint64_t heads = (uint64_t)config->block_count * config->head_count_kv;
     const uint64_t block_bytes = heads * cpu_kv_block_bytes(QUANT_F16, config->head_dim);
+    const uint64_t block_bytes_q8_0 = heads * CPU_KV_BLOCK * 2 * (config->head_dim + config->head_dim / 32 * 2);
     struct executor_options options = options_make("auto", 2, "on");
     struct executor *executor = executor_make(&executor_cpu, model, &options);
     const struct executor_info *info = &executor->info;
@@ -74,6 +78,12 @@ static void test_info(const struct model *model) {
            (unsigned long long)info->memory_total);
     executor->ops->close(executor);
 
+    options.kv_type = "q8_0";
+    executor = executor_make(&executor_cpu, model, &options);
+    tap_ok(executor->info.kv_blocks == options.kv_bytes / block_bytes_q8_0, "and %u of q8_0", executor->info.kv_blocks);
+    executor->ops->close(executor);
+
+    options.kv_type = NULL;
     options.kv_bytes = 4 * block_bytes;
     executor = executor_make(&executor_cpu, model, &options);
     tap_ok(executor->info.context_length == 4 * CPU_KV_BLOCK, "no context is longer than the KV cache: %u",

@@ -182,7 +182,7 @@ static void check_executor(const struct golden_case *golden, const struct execut
     struct parity parity;
     struct status status = {0};
     char text[PARITY_TEXT];
-    int opened = driver_open(ops, path, "auto", "auto", &driver, &status);
+    int opened = driver_open(ops, path, "auto", "auto", "f16", &driver, &status);
     if (opened && status.code == STATUS_UNIMPLEMENTED) {
         tap_skip("%s: %s: %s", golden->name, ops->name, status.message);
     } else if (opened || driver_forward(driver, golden->tokens, golden->count, 0, &result, &status) ||

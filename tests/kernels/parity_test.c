@@ -1,5 +1,5 @@
 /* The executor against the float64 reference on fresh random models of odd shapes: the contract's rows, for every
- * instruction set this processor has, whole and in chunks. MOED_TEST_SEED repeats a run. */
+ * instruction set this processor has, with a KV cache of either type, whole and in chunks. MOED_TEST_SEED repeats a run. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <unistd.h>
@@ -43,7 +43,7 @@ static void draw_options(unsigned number, struct synth_options *options) {
 }
 
 struct run {
-    const char *isa, *repack;
+    const char *isa, *repack, *kv_type;
     uint32_t chunk;
     struct driver_result result;
     struct status status;
@@ -53,7 +53,7 @@ static void run_executor(const char *path, const uint32_t *tokens, uint32_t coun
     struct executor_driver *driver = NULL;
     run->repack = draw(0, 1) ? "on" : "off";
     run->chunk = draw(0, 1) ? draw(1, 20) : 0;
-    if (driver_open(&executor_cpu, path, run->isa, run->repack, &driver, &run->status) == 0)
+    if (driver_open(&executor_cpu, path, run->isa, run->repack, run->kv_type, &driver, &run->status) == 0)
         driver_forward(driver, tokens, count, run->chunk, &run->result, &run->status);
     driver_close(driver);
 }
@@ -69,8 +69,8 @@ static void check_run(const struct run *run, const char *name, uint32_t count, c
     } else {
         parity_measure(reference_config(reference), expected, &run->result, &parity);
         bool holds = parity_holds(&parity, text);
-        tap_ok(holds, "%s %s, repack %s, %" PRIu32 " tokens in chunks of %" PRIu32 ": %s", name, run->isa, run->repack,
-               count, run->chunk, text);
+        tap_ok(holds, "%s %s, repack %s, cache in %s, %" PRIu32 " tokens in chunks of %" PRIu32 ": %s", name, run->isa,
+               run->repack, run->kv_type, count, run->chunk, text);
     }
 }
 
@@ -81,7 +81,11 @@ static void check_model(const char *path, const char *name, const uint32_t *toke
     struct reference *reference = NULL;
     struct reference_result expected = {0};
     struct status status = {0};
-    for (size_t i = 0; i < run_count; i++) run_executor(path, tokens, count, &runs[i]);
+    const char *kv_type = draw(0, 1) ? "q8_0" : "f16";
+    for (size_t i = 0; i < run_count; i++) {
+        runs[i].kv_type = kv_type;
+        run_executor(path, tokens, count, &runs[i]);
+    }
     if (reference_open(path, &reference, &status) ||
         reference_forward(reference, tokens, count, runs[0].result.experts, &expected, &status))
         tap_ok(false, "%s: %s", name, status.message);
