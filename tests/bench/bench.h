@@ -26,7 +26,7 @@ struct bench_options {
     const char *model;   /* file to run an executor on; "": none */
     const struct executor_ops *backend;
     uint32_t device;     /* as in executor_options */
-    const char *repack;  /* as in executor_options */
+    const char *repack, *kv_type; /* as in executor_options */
     uint32_t step_tokens; /* most rows of a step */
     bool sample;          /* draw tokens, and do not take the likeliest */
     bool profile;         /* print the times of a step's operations */

@@ -70,10 +70,10 @@ static int make_cases(const struct option_list *list, struct bench_options *benc
 int main(int argc, char **argv) {
     struct status status = {0};
     struct bench_case cases[CASES_MAX];
-    struct bench_options bench = {.format = "", .model = "", .repack = "auto"};
+    struct bench_options bench = {.format = "", .model = "", .repack = "auto", .kv_type = "f16"};
     const char *isa = "auto", *backend = "cpu";
     static const char *const isas[] = {"auto", "c", "avx2", "avx512", NULL}, *const repacks[] = {"auto", "on", "off", NULL},
-                      *const backends[] = {"auto", "cpu", "cuda", NULL};
+                      *const backends[] = {"auto", "cpu", "cuda", NULL}, *const kv_types[] = {"f16", "q8_0", NULL};
     struct option_list batch = {0};
     uint64_t threads = 0, device = 0, prompt = 0, prefill = 0, decode = 0;
     bool kernels = false;
@@ -96,6 +96,7 @@ int main(int argc, char **argv) {
         {"profile", OPTION_FLAG, &bench.profile, NULL,
          "Time each operation of a step too (cuda), one at a time: on their own they take longer than in a row.",
          .min = 0},
+        {"kv-type", OPTION_CHOICE, &bench.kv_type, "TYPE", "What the KV cache is held in.", .choices = kv_types},
         {"repack", OPTION_CHOICE, &bench.repack, "WHEN", "Whether the CPU executor repacks the weights.",
          .choices = repacks},
         {"threads", OPTION_UINT, &threads, "N", "Threads; 0: one per processor.", .max = 1024},

@@ -23,6 +23,7 @@ struct runner {
     uint32_t *history;       /* of all sequences: without penalties only its length matters */
     uint32_t *blocks;        /* [batch][blocks_each] */
     uint32_t blocks_each;
+    uint64_t position_bytes; /* that the KV cache takes of a position */
     bool *chosen;            /* [experts] */
     struct batch_sequence *sequences;
     struct batch_output *outputs;
@@ -198,7 +199,7 @@ static void print_case(const struct runner *runner, const struct figures *figure
     const struct bench_case *now = &runner->now;
     struct sizes bytes = model_sizes(runner->model, matrix_bytes), weights = model_sizes(runner->model, matrix_weights);
     double context = now->prompt + (now->decode + 1) / 2.0, batch = now->batch;
-    double kv = 4.0 * batch * context * config->block_count * config->head_count_kv * config->head_dim;
+    double kv = batch * context * runner->position_bytes;
     double step_bytes = bytes.shared + bytes.experts * figures->experts + kv;
     double token_weights = weights.shared + weights.experts * config->expert_used_count;
     /* Only the last row of each prompt goes through the head. */
@@ -251,11 +252,15 @@ static int open_runner(struct runner *runner, const struct bench_options *option
     if (model_open(options->model, &runner->model, status) < 0)
         return -1;
     const struct model_config *config = &runner->model->config;
+    const uint32_t padded = (config->head_dim + 31) / 32 * 32; /* q8_0: 32 bytes and a scale for a group of 32 */
+    runner->position_bytes = (uint64_t)config->block_count * config->head_count_kv *
+                             (strcmp(options->kv_type, "q8_0") == 0 ? 2 * (padded + padded / 16) : 4 * config->head_dim);
     const struct executor_options executor = {
         .device = options->device, .threads = options->threads, .max_sequences = most, .step_tokens = rows,
         .context_length = context, .memory_fraction = 0.95, .isa = cpu_kernels_select(options->isa)->name,
         .repack = options->repack,
-        .kv_bytes = 4 * positions * config->block_count * config->head_count_kv * config->head_dim,
+        .kv_type = options->kv_type,
+        .kv_bytes = positions * runner->position_bytes,
     };
     if (options->backend->open(runner->model, &executor, &runner->executor, status) < 0)
         return -1;
