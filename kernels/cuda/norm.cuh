@@ -15,23 +15,6 @@
  */
 enum { NORM_THREADS = 512, NORM_WARPS = NORM_THREADS / 32, NORM_COLUMNS_MAX = 8192 };
 
-/* Joins what the warps of a block have left in `shared`, of values that 0 does not change. */
-template <class OPERATION>
-static __device__ __forceinline__ float join_warps(const float *shared, OPERATION operation) {
-    const uint32_t lane = threadIdx.x % 32;
-    return warp_reduce(lane < blockDim.x / 32 ? shared[lane] : 0.0f, operation);
-}
-
-/* Over all warps of a block; `shared` has a float for each, and must not be in use. */
-template <class OPERATION>
-static __device__ __forceinline__ float block_reduce(float value, OPERATION operation, float *shared) {
-    value = warp_reduce(value, operation);
-    if (threadIdx.x % 32 == 0)
-        shared[threadIdx.x / 32] = value;
-    __syncthreads();
-    return join_warps(shared, operation);
-}
-
 /* As the greater, but a NaN stays: fmaxf would drop it. */
 static __device__ __forceinline__ float greater(float a, float b) {
     float result;

@@ -43,8 +43,8 @@ struct row_parameters {
 /* Behind it lie x, what is to be normed and the norm, and the weights. */
 struct alignas(128) row_memory {
     float sums[TILES_MOST][CUDA_CHAINS][CUDA_TILE_ROWS];
-    float squares[NORM_WARPS];
-    uint32_t greatest[TILES_MOST * CUDA_CHAINS], chosen[USED_MOST];
+    float squares[NORM_WARPS], greatest[TILES_MOST * CUDA_CHAINS]; /* greatest: of each warp */
+    uint32_t chosen[USED_MOST];
     uint64_t weights_full[TILES_MOST][ROUNDS_MOST], x_full, norm_full; /* weights: a chunk of every chain each */
 };
 
@@ -66,12 +66,6 @@ struct alignas(128) mix_memory {
 };
 
 #if __CUDA_ARCH__ >= 900
-
-/* Without their signs floats are in the order of their bits, NaN above all. */
-__device__ __forceinline__ uint32_t greatest_bits(float4 v, uint32_t greatest) {
-    greatest = max(max(greatest, __float_as_uint(fabsf(v.x))), __float_as_uint(fabsf(v.y)));
-    return max(max(greatest, __float_as_uint(fabsf(v.z))), __float_as_uint(fabsf(v.w)));
-}
 
 /* sums (mma.cuh; every column of b is x) += two groups of weights times x, the lane's part of each. */
 __device__ __forceinline__ void multiply_pair(const uint32_t a[2][8], const unsigned char *x, float sums[4]) {
@@ -150,19 +144,17 @@ __device__ __forceinline__ float norm_row(const row_parameters &p, float4 *value
     __syncthreads();
     barrier_wait(&shared.norm_full, 0);
     const float factor = norm_factor(join_squares(shared.squares), p.columns, p.epsilon);
-    uint32_t greatest = 0;
+    float greatest = 0, shrink;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < fours; i += blockDim.x) {
         values[i] = normed(values[i], factor, norm[i]);
-        greatest = greatest_bits(values[i], greatest);
+        greatest = greater(greatest, greatest_of(values[i]));
     }
-    greatest = __reduce_max_sync(0xffffffffu, greatest);
+    greatest = warp_greatest(greatest);
     if (lane == 0)
         shared.greatest[warp] = greatest;
     __syncthreads();
-    greatest = __reduce_max_sync(0xffffffffu, lane < warps ? shared.greatest[lane] : 0);
-    float shrink;
-    const float scale = rounding_scale(__uint_as_float(greatest), shrink);
+    const float scale = rounding_scale(warp_greatest(lane < warps ? shared.greatest[lane] : 0), shrink);
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < CUDA_CHUNK / 4 * p.chunks; i += blockDim.x)
         to[i] = i < fours ? rounded(values[i], shrink) : make_uint2(0, 0);
@@ -338,12 +330,11 @@ __global__ void __launch_bounds__(32 * MIX_WARPS) mix_kernel(const __grid_consta
             fetch(hidden, p.hidden + warp * p.columns, 4 * p.columns, &shared.hidden_full[warp]);
         __syncwarp();
         barrier_wait(&shared.hidden_full[warp], 0);
-        uint32_t greatest = 0;
+        float greatest = 0, shrink;
 #pragma unroll 2
         for (uint32_t i = lane; i < fours; i += 32)
-            greatest = greatest_bits(hidden[i], greatest);
-        float shrink;
-        const float scale = rounding_scale(__uint_as_float(__reduce_max_sync(0xffffffffu, greatest)), shrink);
+            greatest = greater(greatest, greatest_of(hidden[i]));
+        const float scale = rounding_scale(warp_greatest(greatest), shrink);
         /* In place: halves take the room of floats that have been read. */
 #pragma unroll 1
         for (uint32_t i = lane; i < CUDA_CHUNK / 4 * p.chunks; i += 32) {
