@@ -59,11 +59,14 @@ template <class SUM> static __device__ __forceinline__ float matmul_join(uint32_
            (chains > 3 ? sum_of(3) : 0.0f);
 }
 
-/* Puts a row's sum, and with CUDA_SWIGLU its pair's, into the result. */
+/*
+ * Puts a row's sum, and with CUDA_SWIGLU its pair's, into the result. A sum is rounded before it is added, whatever of it the
+ * compiler sees: no fma with its factor.
+ */
 static __device__ __forceinline__ void matmul_finish(enum cuda_epilogue epilogue, float sum, float pair, float *y) {
     *y = epilogue == CUDA_SWIGLU  ? silu(sum) * pair
          : epilogue == CUDA_GATED ? silu(*y) * sum
-         : epilogue == CUDA_ADD   ? *y + sum
+         : epilogue == CUDA_ADD   ? __fadd_rn(*y, sum)
                                   : sum;
 }
 

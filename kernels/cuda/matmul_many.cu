@@ -230,7 +230,7 @@ __device__ __forceinline__ void write_unit(const many_parameters &p, const share
         for (int i = 0; i < BATCH * PARTS; i++)
             if (first + GROUP_WARPS * (i / PARTS) < map.count && first_row + 32 * (i % PARTS) < p.w.rows)
                 y[i / PARTS][32 * (i % PARTS)] = SWIGLU || GATED ? gate[i] * value[i]
-                                                 : ADD           ? gate[i] + value[i]
+                                                 : ADD           ? __fadd_rn(gate[i], value[i])
                                                                  : value[i];
     }
 }

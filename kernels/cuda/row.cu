@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
     if (swiglu)
         *y = silu(sum(row)) * sum(row + CUDA_TILE_ROWS / 2);
     else
-        *y = w.epilogue == CUDA_ADD ? before + sum(row) : sum(row);
+        *y = w.epilogue == CUDA_ADD ? __fadd_rn(before, sum(row)) : sum(row); /* as matmul_finish does */
 #endif
 }
 
