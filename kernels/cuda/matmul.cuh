@@ -28,6 +28,11 @@ struct matmul_part {
     enum cuda_epilogue epilogue;
 };
 
+/* Whether kernels that copy chunks to shared memory take the format. */
+static inline bool matmul_is_quantized(enum quant_type type) {
+    return type == QUANT_Q4_K || type == QUANT_Q5_K || type == QUANT_Q6_K || type == QUANT_Q8_0;
+}
+
 /* Tiles of 16 rows, and chunks of 256 columns, which also make up a row of x. */
 static inline uint32_t matmul_row_tiles(const struct cuda_matmul *m) {
     return (m->w->rows + CUDA_TILE_ROWS - 1) / CUDA_TILE_ROWS;

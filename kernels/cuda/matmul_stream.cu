@@ -337,10 +337,8 @@ bool cuda_matmul_streams(void) {
 }
 
 bool matmul_stream_takes(const struct cuda_matmul *m) {
-    const bool type = m->w->type == QUANT_Q4_K || m->w->type == QUANT_Q5_K || m->w->type == QUANT_Q6_K ||
-                      m->w->type == QUANT_Q8_0;
     const bool worth = m->tokens > TOKENS_FEW || x_stride_of(m) > CUDA_CHAINS * CUDA_CHUNK;
-    return type && m->items && worth && m->tokens <= TOKENS && jobs_most(m) >= JOBS_LEAST &&
+    return matmul_is_quantized(m->w->type) && m->items && worth && m->tokens <= TOKENS && jobs_most(m) >= JOBS_LEAST &&
            ring_slots(m->w->type, x_stride_of(m)) > 0 && cuda_matmul_streams();
 }
 

@@ -390,10 +390,6 @@ cudaError_t launch_shared(KERNEL *kernel, dim3 grid, uint32_t threads, uint32_t 
     return error ? error : launch(kernel, grid, dim3(threads), shared, stream, p);
 }
 
-bool is_quantized(enum quant_type type) {
-    return type == QUANT_Q4_K || type == QUANT_Q5_K || type == QUANT_Q6_K || type == QUANT_Q8_0;
-}
-
 uint32_t chunks_of(const struct cuda_matrix *w) {
     return (w->columns + CUDA_CHUNK - 1) / CUDA_CHUNK;
 }
@@ -432,7 +428,7 @@ uint32_t expert_bytes_of(const struct cuda_matrix *down) {
 } // namespace
 
 bool cuda_row_takes(const struct cuda_matrix *const *parts, uint32_t count, bool normed, uint32_t used) {
-    bool takes = is_quantized(parts[0]->type) && parts[0]->columns <= COLUMNS_MOST && count <= CUDA_PARTS &&
+    bool takes = matmul_is_quantized(parts[0]->type) && parts[0]->columns <= COLUMNS_MOST && count <= CUDA_PARTS &&
                  used <= USED_MOST && launch_is_hopper(row_kernel<QUANT_Q4_K, QUANT_Q4_K>);
     for (uint32_t i = 1; i < count; i++)
         takes = takes && (parts[i]->type == parts[0]->type ||
@@ -441,7 +437,7 @@ bool cuda_row_takes(const struct cuda_matrix *const *parts, uint32_t count, bool
 }
 
 bool cuda_row_takes_mix(const struct cuda_matrix *down, uint32_t used) {
-    return is_quantized(down->type) && down->experts <= 32 * EXPERTS_A_LANE && used <= USED_MOST &&
+    return matmul_is_quantized(down->type) && down->experts <= 32 * EXPERTS_A_LANE && used <= USED_MOST &&
            sizeof(mix_memory) + used * expert_bytes_of(down) <= SHARED_MOST && launch_is_hopper(mix_kernel<QUANT_Q4_K>);
 }
 
