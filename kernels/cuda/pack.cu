@@ -45,9 +45,9 @@ __device__ uint32_t q6_high(const quant_q6_k *block, uint32_t k) {
     return block->high[k / 128 * 32 + k % 32] >> (k % 128 / 32 * 2) & 3;
 }
 
-/* Combination c of a uint4: {row g, group 2 i}, {g + 8, 2 i}, {g, 2 i + 1}, {g + 8, 2 i + 1}. */
+/* Words turned left by `turn`; combination c of a uint4: {row g, group 2 i}, {g + 8, 2 i}, {g, 2 i + 1}, {g + 8, 2 i + 1}. */
 template <class BLOCK, class LOW>
-__device__ void pack_low(const BLOCK *const block[2], LOW low, uint32_t lane, uint4 *out) {
+__device__ void pack_low(const BLOCK *const block[2], LOW low, uint32_t turn, uint32_t lane, uint4 *out) {
     for (uint32_t i = 0; i < 4; i++) {
         uint32_t words[4];
         for (uint32_t c = 0; c < 4; c++) {
@@ -56,16 +56,24 @@ __device__ void pack_low(const BLOCK *const block[2], LOW low, uint32_t lane, ui
                 const uint32_t k = 32 * (2 * i + c / 2) + 8 * (lane & 3) + slot;
                 words[c] |= low(block[c % 2], k) << (16 * (slot & 1) + 4 * (slot / 2));
             }
+            words[c] = __funnelshift_l(words[c], words[c], turn);
         }
         out[32 * i + lane] = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 
-/* d, dmin and the scales of Q4_K and Q5_K stand together at the block's start. */
+/* d, dmin and the twelve bytes of scales and minima of Q4_K and Q5_K: groups t and t + 4 in bytes t. */
 template <class BLOCK> __device__ void pack_row_scales(const BLOCK *block, uint4 *out) {
     uint32_t words[4] = {};
-    for (uint32_t i = 0; i < 16 && block; i++)
-        words[i / 4] |= (uint32_t)((const uint8_t *)block)[i] << (8 * (i % 4));
+    if (block)
+        words[0] = block->d | (uint32_t)block->dmin << 16;
+    for (uint32_t t = 0; t < 4 && block; t++) {
+        const uint32_t y = block->scales[t], z = block->scales[4 + t], w = block->scales[8 + t];
+        const uint32_t s0 = y & 63, m0 = z & 63, s4 = (w & 15) | (y >> 6) << 4, m4 = w >> 4 | (z >> 6) << 4;
+        words[1] |= (s0 | (m0 >> 4) << 6) << (8 * t);
+        words[2] |= ((m0 & 15) | (m4 & 15) << 4) << (8 * t);
+        words[3] |= (s4 | (m4 >> 4) << 6) << (8 * t);
+    }
     *out = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
@@ -76,7 +84,7 @@ template <class BLOCK> __device__ const BLOCK *block_at(const uint8_t *row, uint
 __device__ void pack_q4_k(const source &s, uint32_t tile, uint32_t chunk, uint32_t lane, uint8_t *out) {
     const quant_q4_k *block[2] = {block_at<quant_q4_k>(s.row(tile, lane / 4), chunk),
                                   block_at<quant_q4_k>(s.row(tile, lane / 4 + 8), chunk)};
-    pack_low(block, q4, lane, (uint4 *)out);
+    pack_low(block, q4, 2, lane, (uint4 *)out);
     if (lane < CUDA_TILE_ROWS)
         pack_row_scales(block_at<quant_q4_k>(s.row(tile, lane), chunk), (uint4 *)(out + 2048) + lane);
 }
@@ -84,7 +92,7 @@ __device__ void pack_q4_k(const source &s, uint32_t tile, uint32_t chunk, uint32
 __device__ void pack_q5_k(const source &s, uint32_t tile, uint32_t chunk, uint32_t lane, uint8_t *out) {
     const quant_q5_k *block[2] = {block_at<quant_q5_k>(s.row(tile, lane / 4), chunk),
                                   block_at<quant_q5_k>(s.row(tile, lane / 4 + 8), chunk)};
-    pack_low(block, q5_low, lane, (uint4 *)out);
+    pack_low(block, q5_low, 0, lane, (uint4 *)out);
     uint32_t words[4] = {};
     for (uint32_t group = 0; group < 8; group++)
         for (uint32_t r = 0; r < 2; r++)
@@ -99,7 +107,7 @@ __device__ void pack_q5_k(const source &s, uint32_t tile, uint32_t chunk, uint32
 __device__ void pack_q6_k(const source &s, uint32_t tile, uint32_t chunk, uint32_t lane, uint8_t *out) {
     const quant_q6_k *block[2] = {block_at<quant_q6_k>(s.row(tile, lane / 4), chunk),
                                   block_at<quant_q6_k>(s.row(tile, lane / 4 + 8), chunk)};
-    pack_low(block, q6_low, lane, (uint4 *)out);
+    pack_low(block, q6_low, 0, lane, (uint4 *)out);
     for (uint32_t i = 0; i < 2; i++) {
         uint32_t words[4] = {};
         for (uint32_t g = 0; g < 4; g++)

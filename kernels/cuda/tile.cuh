@@ -15,11 +15,12 @@
  * of a group with one 16-byte load.
  *
  * "Word" below is what one lane holds of one row and one group, pair n's two weights in its two 16-bit halves:
- *   Q4_K  [4][32 lanes] {g of group 2i, g + 8 of 2i, g of 2i + 1, g + 8 of 2i + 1}: word with pair n at bits 4 n
- *         [16 rows] {d, dmin, the 12 bytes of scales}
- *   Q5_K  as Q4_K, then [32 lanes] four words of high bits, one for two groups: combination c of row and group (in the
+ *   Q4_K  [4][32 lanes] {g of group 2i, g + 8 of 2i, g of 2i + 1, g + 8 of 2i + 1}: word with pair n at bits 4 n, turned
+ *         left by 2; [16 rows] {d, dmin, three words of scales s and minima m: byte t has s_t with the two high bits of m_t
+ *         above it, the four low bits of m_t with those of m_(t + 4) above them, s_(t + 4) with the high bits of m_(t + 4)}
+ *   Q5_K  as Q4_K, but words are not turned, then [32 lanes] four words of high bits, one for two groups: combination c of row and group (in the
  *         order above) and pair n at bit 4 c + n of each half; then the rows' scales as Q4_K
- *   Q6_K  low bits as Q4_K, then [2][32 lanes] high bits, a word a group: row g's pair n at bits 2 n, g + 8's at 8 + 2 n;
+ *   Q6_K  low bits as Q5_K, then [2][32 lanes] high bits, a word a group: row g's pair n at bits 2 n, g + 8's at 8 + 2 n;
  *         [16 rows] 16 scales; [16 rows] d
  *   Q8_0  [8 groups][32 lanes] {8 of row g, 8 of row g + 8}; [16 rows] d of 8 groups
  *   F16, BF16  [8 groups][2: g, g + 8][32 lanes] 8 weights;  F32  [8 groups][2][2: first, second four][32 lanes] 4 weights
@@ -47,14 +48,23 @@ template <int SHIFT> static __device__ __forceinline__ uint32_t tile_shift(uint3
     return SHIFT >= 0 ? bits << (SHIFT & 31) : bits >> (-SHIFT & 31);
 }
 
-/* Scale and minimum of group first + i (0 or 4, 0..3) from the twelve bytes of Q4_K and Q5_K (kernels/quant.h). */
-static __device__ __forceinline__ void tile_scale6(uint4 row, int first, int i, float &scale, float &minimum) {
-    const half2 d = tile_half2(row.x);
-    const uint32_t y = row.y >> 8 * i, z = row.z >> 8 * i, w = row.w >> 8 * i;
-    const uint32_t s = first == 0 ? y & 63 : (w & 15) | (y >> 2 & 48);
-    const uint32_t m = first == 0 ? z & 63 : (w >> 4 & 15) | (z >> 2 & 48);
-    scale = __low2float(d) * (float)s;
-    minimum = __high2float(d) * (float)m;
+/* Bytes i of two words, in the low bytes of the halves; in their high bytes is something else. */
+static __device__ __forceinline__ uint32_t tile_bytes(uint32_t low, uint32_t high, int i) {
+    uint32_t out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(0x4400 + 0x1111 * i));
+    return out;
+}
+
+/* 1024 + the value, 0 to 255, in each half, less so much: exact. */
+static __device__ __forceinline__ half2 tile_integers(uint32_t bits, float less) {
+    return __hsub2(tile_half2(bits), __float2half2_rn(less));
+}
+
+/* d times the matrix's scale, by two powers of two that are normal numbers in f16. */
+static __device__ __forceinline__ half2 tile_scaled(half2 d, float matrix_scale) {
+    const float first = fminf(fmaxf(matrix_scale, 0x1p-14f), 0x1p15f);
+    const float inverse = __uint_as_float((254u << 23) - __float_as_uint(first));
+    return __hmul2(__hmul2(d, __float2half2_rn(first)), __float2half2_rn(matrix_scale * inverse));
 }
 
 /* Where a chunk is loaded from: device memory, to be read once, or shared memory. */
@@ -76,10 +86,16 @@ struct tile_staged {
  */
 template <int TYPE> struct tile;
 
-/* f16 factors {s, c} of a row's group, for the formats with minima. s and m: the group's, times the row's d. */
-static __device__ __forceinline__ half2 tile_factor(float s, float m, float base, float matrix_scale) {
-    const half scale = __float2half_rn(s * matrix_scale);
-    return __halves2half2(scale, __float2half_rn(-base * __half2float(scale) - m * matrix_scale));
+/* f16 factors {s, c} of groups t and t + 4 of a row, for the formats with minima. */
+static __device__ __forceinline__ void tile_row_factors(uint4 row, float base, float matrix_scale, int t, half2 out[2]) {
+    const uint32_t scales = tile_bytes(row.y, row.w, t), low = tile_bytes(row.z, row.z >> 4, t);
+    const uint32_t minima = tile_select(low, 0x000f000fu, 0x64006400u) | (scales >> 2 & 0x00300030u);
+    const half2 d = tile_scaled(tile_half2(row.x), matrix_scale);
+    const half2 s = __hmul2(__low2half2(d), tile_integers(tile_select(scales, 0x003f003fu, 0x64006400u), 1024.0f));
+    const half2 shift = __hmul2(s, __float2half2_rn(-base)); /* exact */
+    const half2 c = __hfma2(__hneg2(__high2half2(d)), tile_integers(minima, 1024.0f), shift);
+    out[0] = __lows2half2(s, c);
+    out[1] = __highs2half2(s, c);
 }
 
 /*
@@ -100,32 +116,26 @@ struct tile_factors {
 static __device__ __forceinline__ tile_factors tile_factors_of(uint4 row0, uint4 row8, float base, float matrix_scale,
                                                                int lane) {
     tile_factors f;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float s, m;
-        tile_scale6(row0, 4 * i, lane & 3, s, m);
-        f.row0[i] = tile_factor(s, m, base, matrix_scale);
-        tile_scale6(row8, 4 * i, lane & 3, s, m);
-        f.row8[i] = tile_factor(s, m, base, matrix_scale);
-    }
+    tile_row_factors(row0, base, matrix_scale, lane & 3, f.row0);
+    tile_row_factors(row8, base, matrix_scale, lane & 3, f.row8);
     return f;
 }
 
-template <int N> static __device__ __forceinline__ uint32_t tile_weights4(uint32_t word, half2 factor) {
-    const uint32_t q = tile_select(tile_shift<6 - 4 * N>(word), 0x03c003c0u, 0x4c004c00u); /* 16 + q */
-    return tile_bits(__hfma2(tile_half2(q), __low2half2(factor), __high2half2(factor)));
+/* Two pairs of a word turned so that they begin at bit 2. To shift the first would take longer than to subtract. */
+static __device__ __forceinline__ void tile_weights4(uint32_t word, half2 factor, uint32_t &first, uint32_t &second) {
+    const half2 q0 = __hsub2(tile_half2(tile_select(word, 0x003c003cu, 0x5c005c00u)), /* 256 + q */
+                             __float2half2_rn(240.0f)),
+                q1 = tile_half2(tile_select(word, 0x03c003c0u, 0x4c004c00u)); /* 16 + q */
+    first = tile_bits(__hfma2(q0, __low2half2(factor), __high2half2(factor)));
+    second = tile_bits(__hfma2(q1, __low2half2(factor), __high2half2(factor)));
 }
 
 /* Operands of a group from its words of rows g and g + 8. */
 static __device__ __forceinline__ void tile_group4(uint32_t low, uint32_t high, half2 f0, half2 f8, uint32_t a[8]) {
-    a[0] = tile_weights4<0>(low, f0);
-    a[1] = tile_weights4<0>(high, f8);
-    a[2] = tile_weights4<1>(low, f0);
-    a[3] = tile_weights4<1>(high, f8);
-    a[4] = tile_weights4<2>(low, f0);
-    a[5] = tile_weights4<2>(high, f8);
-    a[6] = tile_weights4<3>(low, f0);
-    a[7] = tile_weights4<3>(high, f8);
+    tile_weights4(low, f0, a[0], a[2]);
+    tile_weights4(high, f8, a[1], a[3]);
+    tile_weights4(__funnelshift_r(low, low, 8), f0, a[4], a[6]);
+    tile_weights4(__funnelshift_r(high, high, 8), f8, a[5], a[7]);
 }
 
 template <> struct tile<QUANT_Q4_K> {
@@ -227,25 +237,22 @@ struct tile_factors6 {
     half2 rows[4];
 };
 
-/* d0, d8: the rows', times the matrix's scale. */
-static __device__ __forceinline__ tile_factors6 tile_factors6_of(uint4 scales0, uint4 scales8, float d0, float d8,
-                                                                 int lane) {
+/* d: of both rows, times the matrix's scale. */
+static __device__ __forceinline__ tile_factors6 tile_factors6_of(uint4 scales0, uint4 scales8, half2 d, int lane) {
     const uint32_t low0 = lane & 1 ? scales0.z : scales0.x, high0 = lane & 1 ? scales0.w : scales0.y;
     const uint32_t low8 = lane & 1 ? scales8.z : scales8.x, high8 = lane & 1 ? scales8.w : scales8.y;
-    const int half_shift = 4 * (lane & 2);
     tile_factors6 f;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const int shift = 16 * (i & 1) + half_shift;
-        f.rows[i] = __floats2half2_rn(d0 * (float)(int8_t)((i < 2 ? low0 : high0) >> shift),
-                                      d8 * (float)(int8_t)((i < 2 ? low8 : high8) >> shift));
+        const uint32_t scales = tile_bytes(i < 2 ? low0 : high0, i < 2 ? low8 : high8, 2 * (i & 1) + (lane & 2) / 2);
+        f.rows[i] = __hmul2(d, tile_integers((scales & 0x00ff00ffu) ^ 0x64806480u, 1152.0f));
     }
     return f;
 }
 
 template <> struct tile<QUANT_Q6_K> {
     uint4 q[4], bits[2], scales0, scales8;
-    float d0, d8;
+    half2 d; /* of both rows */
 
     template <class FROM = tile_streamed> __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
 #pragma unroll
@@ -255,12 +262,12 @@ template <> struct tile<QUANT_Q6_K> {
         bits[1] = FROM::read((const uint4 *)(chunk + 2560) + lane);
         scales0 = FROM::read((const uint4 *)(chunk + 3072) + lane / 4);
         scales8 = FROM::read((const uint4 *)(chunk + 3072) + lane / 4 + 8);
-        d0 = __half2float(FROM::read((const half *)(chunk + 3328) + lane / 4));
-        d8 = __half2float(FROM::read((const half *)(chunk + 3328) + lane / 4 + 8));
+        d = __halves2half2(FROM::read((const half *)(chunk + 3328) + lane / 4),
+                           FROM::read((const half *)(chunk + 3328) + lane / 4 + 8));
     }
 
     __device__ __forceinline__ tile_factors6 factors(float matrix_scale, int lane) const {
-        return tile_factors6_of(scales0, scales8, d0 * matrix_scale, d8 * matrix_scale, lane);
+        return tile_factors6_of(scales0, scales8, tile_scaled(d, matrix_scale), lane);
     }
 
     __device__ __forceinline__ void fragments(int group, const tile_factors6 &factors, uint32_t a[8]) const {
@@ -447,8 +454,7 @@ template <> struct tile_in_place<QUANT_Q6_K> {
         : q((const uint4 *)chunk + lane), bits(chunk + 2048 + 16 * lane) {
         const uint4 *scales = (const uint4 *)(chunk + 3072) + lane / 4;
         const half *d = (const half *)(chunk + 3328) + lane / 4;
-        factors = tile_factors6_of(scales[0], scales[8], __half2float(d[0]) * matrix_scale,
-                                   __half2float(d[8]) * matrix_scale, lane);
+        factors = tile_factors6_of(scales[0], scales[8], tile_scaled(__halves2half2(d[0], d[8]), matrix_scale), lane);
     }
 
     __device__ __forceinline__ void fragments(int i, uint32_t a[2][8]) const {
