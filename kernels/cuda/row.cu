@@ -216,13 +216,18 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
     } else {
         launch_dependents();
     }
-    if (lane == 0 && tile < w.row_tiles)
+    if (threadIdx.x == 0) { /* what all warps begin with comes first */
+        const uint32_t tiles = min(w.row_tiles - first_tile, blockDim.x / TILE_THREADS);
+        from += (uint64_t)first_tile * p.chunks * chunk_bytes;
 #pragma unroll 1
-        for (uint32_t i = chain; i < rounds; i += CUDA_CHAINS) {
+        for (uint32_t i = 0; i < rounds; i++) {
             const uint32_t first = i * CUDA_CHAINS, count = min(p.chunks - first, (uint32_t)CUDA_CHAINS);
-            fetch(weights + first * chunk_bytes, from + ((uint64_t)tile * p.chunks + first) * chunk_bytes,
-                  count * chunk_bytes, &shared.weights_full[own][i]);
+#pragma unroll 1
+            for (uint32_t t = 0; t < tiles; t++)
+                fetch(memory + p.weights_at + t * p.tile_bytes + first * chunk_bytes,
+                      from + (t * p.chunks + first) * chunk_bytes, count * chunk_bytes, &shared.weights_full[t][i]);
         }
+    }
     if (p.expanded_at)
 #pragma unroll 1
         for (uint32_t i = 0; i < own_rounds; i++) {
