@@ -48,6 +48,8 @@ struct alignas(128) row_memory {
     uint64_t weights_full[TILES_MOST][ROUNDS_MOST], x_full, norm_full; /* weights: a chunk of every chain each */
 };
 
+static_assert(USED_MOST * CUDA_TILE_ROWS <= 32 * MIX_WARPS, "a thread for each sum of an expert");
+
 struct mix_parameters {
     matmul_part w;
     uint32_t chunks, chains, columns, experts, used;
@@ -342,11 +344,12 @@ __global__ void __launch_bounds__(32 * MIX_WARPS) mix_kernel(const __grid_consta
         const float scale = rounding_scale(warp_greatest(greatest), shrink);
         /* In place: halves take the room of floats that have been read. */
 #pragma unroll 1
-        for (uint32_t i = lane; i < CUDA_CHUNK / 4 * p.chunks; i += 32) {
-            const uint2 four = i < fours ? rounded(hidden[i], shrink) : make_uint2(0, 0);
+        for (uint32_t i = lane; i < CUDA_CHUNK / 4 * p.chunks; i += 64) {
+            const uint2 first = i < fours ? rounded(hidden[i], shrink) : make_uint2(0, 0);
+            const uint2 second = i + 32 < fours ? rounded(hidden[i + 32], shrink) : make_uint2(0, 0);
             __syncwarp();
-            ((uint2 *)hidden)[i] = four;
-            __syncwarp();
+            ((uint2 *)hidden)[i] = first;
+            ((uint2 *)hidden)[i + 32] = second;
         }
         if (lane == 0)
             shared.factor[warp] = scale * p.w.inverse_scale;
@@ -373,14 +376,20 @@ __global__ void __launch_bounds__(32 * MIX_WARPS) mix_kernel(const __grid_consta
         chain += MIX_WARPS;
     }
     __syncthreads();
+    if (threadIdx.x < p.used * CUDA_TILE_ROWS) {
+        float(*own)[CUDA_TILE_ROWS] = shared.sums[threadIdx.x / CUDA_TILE_ROWS];
+        const uint32_t r = threadIdx.x % CUDA_TILE_ROWS;
+        own[0][r] = matmul_join(p.chains, [&](int chain) { return own[chain][r]; }) *
+                    shared.factor[threadIdx.x / CUDA_TILE_ROWS];
+    }
+    __syncthreads();
     if (!writes)
         return;
     float mixture = 0;
-#pragma unroll 1
-    for (uint32_t rank = 0; rank < p.used; rank++) {
-        const float y = matmul_join(p.chains, [&](int chain) { return shared.sums[rank][chain][threadIdx.x]; });
-        mixture = fmaf(shared.weight[rank], y * shared.factor[rank], mixture);
-    }
+#pragma unroll
+    for (uint32_t rank = 0; rank < USED_MOST; rank++)
+        if (rank < p.used)
+            mixture = fmaf(shared.weight[rank], shared.sums[rank][0][threadIdx.x], mixture);
     p.w.y[row] = before + mixture;
 #endif
 }
