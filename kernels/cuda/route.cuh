@@ -43,6 +43,12 @@ struct route_choice {
     bool finite;  /* all logits */
 };
 
+static __device__ __forceinline__ void exchange(uint32_t &a, uint32_t &b) {
+    const uint32_t before = a;
+    a = b;
+    b = before;
+}
+
 /*
  * One warp chooses the experts of a row, of at most 32 * PER_LANE: `used` times the greatest of what is left. chosen[i],
  * in shared memory, gets the expert of rank i.
@@ -63,11 +69,25 @@ static __device__ __forceinline__ route_choice route_choose(const float *logits,
         keys[i] = own + i < experts ? route_key(logit[i]) : 0;
     }
     route_choice choice = {0, __all_sync(0xffffffffu, greatest <= 3.4e38f) != 0};
-#pragma unroll 1
-    for (uint32_t rank = 0; rank < used; rank++) {
-        uint32_t best = keys[0], at = 0;
+    constexpr bool sorted = PER_LANE <= 8; /* a lane has its own in order, and only the first has to be looked at */
+    uint32_t ids[PER_LANE];
+#pragma unroll
+    for (uint32_t i = 0; i < PER_LANE; i++)
+        ids[i] = i;
+    if (sorted)
 #pragma unroll
         for (int i = 1; i < PER_LANE; i++)
+#pragma unroll
+            for (int j = i; j > 0; j--)
+                if (keys[j] > keys[j - 1]) {
+                    exchange(keys[j], keys[j - 1]);
+                    exchange(ids[j], ids[j - 1]);
+                }
+#pragma unroll 1
+    for (uint32_t rank = 0; rank < used; rank++) {
+        uint32_t best = keys[0], at = ids[0];
+#pragma unroll
+        for (int i = 1; i < PER_LANE && !sorted; i++)
             if (keys[i] > best) {
                 best = keys[i];
                 at = i;
@@ -77,8 +97,12 @@ static __device__ __forceinline__ route_choice route_choose(const float *logits,
         const bool won = best == top && (equal & ((1u << lane) - 1)) == 0;
 #pragma unroll
         for (uint32_t i = 0; i < PER_LANE; i++)
-            if (won && i == at)
+            if (sorted && won) {
+                keys[i] = i + 1 < PER_LANE ? keys[i + 1] : 0;
+                ids[i] = i + 1 < PER_LANE ? ids[i + 1] : 0;
+            } else if (won && i == at) {
                 keys[i] = 0;
+            }
         if (won)
             chosen[rank] = own + at;
         if (lane == rank)
