@@ -37,12 +37,9 @@ __device__ uint32_t q5_high(const quant_q5_k *block, uint32_t k) {
     return block->high[k % 32] >> (k / 32) & 1;
 }
 
-__device__ uint32_t q6_low(const quant_q6_k *block, uint32_t k) {
-    return block->low[k / 128 * 64 + k % 64] >> (k % 128 / 64 * 4) & 15;
-}
-
-__device__ uint32_t q6_high(const quant_q6_k *block, uint32_t k) {
-    return block->high[k / 128 * 32 + k % 32] >> (k % 128 / 32 * 2) & 3;
+__device__ uint32_t q6(const quant_q6_k *block, uint32_t k) {
+    const uint32_t low = block->low[k / 128 * 64 + k % 64] >> (k % 128 / 64 * 4) & 15;
+    return low | (block->high[k / 128 * 32 + k % 32] >> (k % 128 / 32 * 2) & 3) << 4;
 }
 
 /* Words turned left by `turn`; combination c of a uint4: {row g, group 2 i}, {g + 8, 2 i}, {g, 2 i + 1}, {g + 8, 2 i + 1}. */
@@ -107,15 +104,25 @@ __device__ void pack_q5_k(const source &s, uint32_t tile, uint32_t chunk, uint32
 __device__ void pack_q6_k(const source &s, uint32_t tile, uint32_t chunk, uint32_t lane, uint8_t *out) {
     const quant_q6_k *block[2] = {block_at<quant_q6_k>(s.row(tile, lane / 4), chunk),
                                   block_at<quant_q6_k>(s.row(tile, lane / 4 + 8), chunk)};
-    pack_low(block, q6_low, 0, lane, (uint4 *)out);
-    for (uint32_t i = 0; i < 2; i++) {
-        uint32_t words[4] = {};
-        for (uint32_t g = 0; g < 4; g++)
-            for (uint32_t r = 0; r < 2; r++)
-                for (uint32_t slot = 0; slot < 8 && block[r]; slot++)
-                    words[g] |= q6_high(block[r], 32 * (4 * i + g) + 8 * (lane & 3) + slot)
-                                << (16 * (slot & 1) + 8 * r + slot / 2 * 2);
-        ((uint4 *)(out + 2048))[32 * i + lane] = make_uint4(words[0], words[1], words[2], words[3]);
+    for (uint32_t group = 0; group < 8; group++) {
+        uint32_t words[3] = {};
+        for (uint32_t r = 0; r < 2; r++)
+            for (uint32_t slot = 0; slot < 8 && block[r]; slot++) {
+                const uint32_t q = q6(block[r], 32 * group + 8 * (lane & 3) + slot), half = 16 * (slot & 1);
+                switch (slot / 2) {
+                case 0: words[r] |= q << (half + 4); break;
+                case 1: words[r] |= q << (half + 10); break;
+                case 2:
+                    words[r] |= (q & 15) << half;
+                    words[2] |= q >> 4 << (half + 2 * r);
+                    break;
+                case 3: words[2] |= q << (half + 4 + 6 * r); break;
+                }
+            }
+        for (uint32_t i = 0; i < 3; i++) {
+            const uint32_t word = 3 * group + i;
+            ((uint32_t *)out)[4 * (32 * (word / 4) + lane) + word % 4] = words[i];
+        }
     }
     if (lane < CUDA_TILE_ROWS) {
         const quant_q6_k *own = block_at<quant_q6_k>(s.row(tile, lane), chunk);

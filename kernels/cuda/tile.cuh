@@ -20,7 +20,8 @@
  *         above it, the four low bits of m_t with those of m_(t + 4) above them, s_(t + 4) with the high bits of m_(t + 4)}
  *   Q5_K  as Q4_K, but words are not turned, then [32 lanes] four words of high bits, one for two groups: combination c of row and group (in the
  *         order above) and pair n at bit 4 c + n of each half; then the rows' scales as Q4_K
- *   Q6_K  low bits as Q5_K, then [2][32 lanes] high bits, a word a group: row g's pair n at bits 2 n, g + 8's at 8 + 2 n;
+ *   Q6_K  [6][32 lanes] four words, three of them a group: row g's pairs 0 and 1 at bits 4 and 10 and the low four bits of
+ *         its pair 2 at 0; so of g + 8; their pairs 3 at 4 and 10, and the high two bits of their pairs 2 at 0 and 2;
  *         [16 rows] 16 scales; [16 rows] d
  *   Q8_0  [8 groups][32 lanes] {8 of row g, 8 of row g + 8}; [16 rows] d of 8 groups
  *   F16, BF16  [8 groups][2: g, g + 8][32 lanes] 8 weights;  F32  [8 groups][2][2: first, second four][32 lanes] 4 weights
@@ -207,26 +208,27 @@ template <> struct tile<QUANT_Q5_K> {
     }
 };
 
-template <int N, int C>
-static __device__ __forceinline__ uint32_t tile_weights6(uint32_t word, uint32_t bits, half2 scale) {
-    uint32_t q = tile_select(tile_shift<4 - 4 * N>(word), 0x00f000f0u, 0x54005400u); /* 64 + low bits */
-    q = tile_select(tile_shift<8 - 2 * (4 * C + N)>(bits), 0x03000300u, q);
-    const half2 centred = __hsub2(tile_half2(q), __float2half2_rn(96.0f)); /* exact */
-    return tile_bits(__hmul2(centred, scale));
+/* A pair, once its bits 4 to 9 are at 64, times the scale: q is above 64, and 32 less is meant. */
+static __device__ __forceinline__ uint32_t tile_weights6(uint32_t bits, half2 scale) {
+    return tile_bits(__hmul2(__hsub2(tile_half2(bits), __float2half2_rn(96.0f)), scale)); /* the difference is exact */
 }
 
-/* scales: rows g and g + 8. */
-static __device__ __forceinline__ void tile_group6(uint32_t low, uint32_t high, uint32_t bits, half2 scales,
+/* The operands of a group from its three words; scales: rows g and g + 8. */
+static __device__ __forceinline__ void tile_group6(uint32_t first, uint32_t second, uint32_t third, half2 scales,
                                                    uint32_t a[8]) {
     const half2 s0 = __low2half2(scales), s8 = __high2half2(scales);
-    a[0] = tile_weights6<0, 0>(low, bits, s0);
-    a[1] = tile_weights6<0, 1>(high, bits, s8);
-    a[2] = tile_weights6<1, 0>(low, bits, s0);
-    a[3] = tile_weights6<1, 1>(high, bits, s8);
-    a[4] = tile_weights6<2, 0>(low, bits, s0);
-    a[5] = tile_weights6<2, 1>(high, bits, s8);
-    a[6] = tile_weights6<3, 0>(low, bits, s0);
-    a[7] = tile_weights6<3, 1>(high, bits, s8);
+    const auto pair = [](uint32_t bits) { return tile_select(bits, 0x03f003f0u, 0x54005400u); };
+    const auto spread = [](uint32_t word, uint32_t high) { /* at 8 and 9 of `high` */
+        return tile_select(high, 0x03000300u, tile_select(word << 4, 0x00f000f0u, 0x54005400u));
+    };
+    a[0] = tile_weights6(pair(first), s0);
+    a[1] = tile_weights6(pair(second), s8);
+    a[2] = tile_weights6(pair(first >> 6), s0);
+    a[3] = tile_weights6(pair(second >> 6), s8);
+    a[4] = tile_weights6(spread(first, third << 8), s0);
+    a[5] = tile_weights6(spread(second, third << 6), s8);
+    a[6] = tile_weights6(pair(third), s0);
+    a[7] = tile_weights6(pair(third >> 6), s8);
 }
 
 /*
@@ -251,15 +253,13 @@ static __device__ __forceinline__ tile_factors6 tile_factors6_of(uint4 scales0, 
 }
 
 template <> struct tile<QUANT_Q6_K> {
-    uint4 q[4], bits[2], scales0, scales8;
+    uint4 q[6], scales0, scales8;
     half2 d; /* of both rows */
 
     template <class FROM = tile_streamed> __device__ __forceinline__ void load(const uint8_t *chunk, int lane) {
 #pragma unroll
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < 6; i++)
             q[i] = FROM::read((const uint4 *)chunk + 32 * i + lane);
-        bits[0] = FROM::read((const uint4 *)(chunk + 2048) + lane);
-        bits[1] = FROM::read((const uint4 *)(chunk + 2560) + lane);
         scales0 = FROM::read((const uint4 *)(chunk + 3072) + lane / 4);
         scales8 = FROM::read((const uint4 *)(chunk + 3072) + lane / 4 + 8);
         d = __halves2half2(FROM::read((const half *)(chunk + 3328) + lane / 4),
@@ -271,11 +271,12 @@ template <> struct tile<QUANT_Q6_K> {
     }
 
     __device__ __forceinline__ void fragments(int group, const tile_factors6 &factors, uint32_t a[8]) const {
-        const uint4 v = q[group / 2], h = bits[group / 4];
-        const uint32_t low = group & 1 ? v.z : v.x, high = group & 1 ? v.w : v.y;
-        const uint32_t b = (group & 3) == 0 ? h.x : (group & 3) == 1 ? h.y : (group & 3) == 2 ? h.z : h.w;
+        const auto word = [&](int i) {
+            const uint4 v = q[i / 4];
+            return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
+        };
         const half2 both = __shfl_sync(0xffffffffu, factors.rows[group & 3], group / 4, 2);
-        tile_group6(low, high, b, both, a);
+        tile_group6(word(3 * group), word(3 * group + 1), word(3 * group + 2), both, a);
     }
 };
 
@@ -446,23 +447,22 @@ template <> struct tile_in_place<QUANT_Q5_K> {
 };
 
 template <> struct tile_in_place<QUANT_Q6_K> {
-    const uint4 *q;
-    const uint8_t *bits; /* the lane's, of groups 0 to 3 */
+    const uint2 *q;
     tile_factors6 factors;
 
     __device__ __forceinline__ tile_in_place(const uint8_t *chunk, float matrix_scale, int lane)
-        : q((const uint4 *)chunk + lane), bits(chunk + 2048 + 16 * lane) {
+        : q((const uint2 *)chunk + 2 * lane) {
         const uint4 *scales = (const uint4 *)(chunk + 3072) + lane / 4;
         const half *d = (const half *)(chunk + 3328) + lane / 4;
         factors = tile_factors6_of(scales[0], scales[8], tile_scaled(__halves2half2(d[0], d[8]), matrix_scale), lane);
     }
 
     __device__ __forceinline__ void fragments(int i, uint32_t a[2][8]) const {
-        const uint4 v = q[32 * i];
-        const uint2 b = *(const uint2 *)(bits + 512 * (i / 2) + 8 * (i & 1));
+        const auto words = [&](int k) { return q[64 * (k / 2) + k % 2]; }; /* 2 k and 2 k + 1 of the lane's */
+        const uint2 first = words(3 * i), second = words(3 * i + 1), third = words(3 * i + 2);
         const half2 even = i & 1 ? factors.rows[2] : factors.rows[0], odd = i & 1 ? factors.rows[3] : factors.rows[1];
-        tile_group6(v.x, v.y, b.x, __shfl_sync(0xffffffffu, even, i / 2, 2), a[0]);
-        tile_group6(v.z, v.w, b.y, __shfl_sync(0xffffffffu, odd, i / 2, 2), a[1]);
+        tile_group6(first.x, first.y, second.x, __shfl_sync(0xffffffffu, even, i / 2, 2), a[0]);
+        tile_group6(second.y, third.x, third.y, __shfl_sync(0xffffffffu, odd, i / 2, 2), a[1]);
     }
 };
 
