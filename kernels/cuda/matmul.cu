@@ -179,14 +179,16 @@ __device__ __forceinline__ void multiply(const parameters &p, const matmul_part 
     __syncthreads();
 
     const bool swiglu = w.epilogue == CUDA_SWIGLU;
-    const uint32_t out_rows = swiglu ? CUDA_TILE_ROWS / 2 : CUDA_TILE_ROWS, block_rows = ROW_TILES * out_rows;
-    for (uint32_t i = threadIdx.x; i < block_rows * count; i += blockDim.x) {
-        const uint32_t j = i / block_rows, r = i % block_rows, out_row = block * block_rows + r;
+    static_assert((ROW_TILES & (ROW_TILES - 1)) == 0, "a power of two, so that rows and tokens are told apart by shifts");
+    constexpr uint32_t tiles_shift = ROW_TILES == 1 ? 0 : ROW_TILES == 2 ? 1 : 2;
+    const uint32_t rows_shift = swiglu ? 3 : 4, block_shift = rows_shift + tiles_shift; /* rows of a tile's results */
+    for (uint32_t i = threadIdx.x; i < count << block_shift; i += blockDim.x) {
+        const uint32_t j = i >> block_shift, r = i & ((1u << block_shift) - 1), out_row = (block << block_shift) + r;
         if (out_row >= w.rows)
             continue;
-        const float(*in)[CUDA_TILE_ROWS][TOKENS + 1] = shared.sums[r / out_rows];
+        const float(*in)[CUDA_TILE_ROWS][TOKENS + 1] = shared.sums[r >> rows_shift];
         const auto sum = [&](uint32_t q) { return matmul_join(chains, [&](int chain) { return in[chain][q][j]; }); };
-        const uint32_t q = r % out_rows;
+        const uint32_t q = r & ((1u << rows_shift) - 1);
         const float factor = shared.x_scale[j];
         float *y = w.y + (uint64_t)shared.y_row[j] * w.y_stride + out_row;
         matmul_finish(w.epilogue, sum(q) * factor, swiglu ? sum(q + CUDA_TILE_ROWS / 2) * factor : 0, y);

@@ -149,15 +149,16 @@ __device__ __forceinline__ void multiply_chain(const stream_parameters &p, feede
 __device__ __forceinline__ void finish(const stream_parameters &p, const token_map &map, const exchange &in,
                                        uint32_t first_tile, uint32_t thread) {
     const bool swiglu = p.w.epilogue == CUDA_SWIGLU;
-    const uint32_t tile_rows = swiglu ? CUDA_TILE_ROWS / 2 : CUDA_TILE_ROWS, rows = JOB_TILES * tile_rows;
-    for (uint32_t i = thread; i < rows * map.count; i += 32 * p.chains) {
-        const uint32_t j = i / rows, r = i % rows, row = first_tile * tile_rows + r;
+    static_assert(JOB_TILES == 2, "");
+    const uint32_t rows_shift = swiglu ? 3 : 4, job_shift = rows_shift + 1; /* rows of a tile's results, and of a job's */
+    for (uint32_t i = thread; i < map.count << job_shift; i += 32 * p.chains) {
+        const uint32_t j = i >> job_shift, r = i & ((1u << job_shift) - 1), row = (first_tile << rows_shift) + r;
         if (row >= p.w.rows)
             continue;
         const auto sum = [&](uint32_t q) {
             return matmul_join(p.chains, [&](int chain) { return in.sums[chain][q][j]; });
         };
-        const uint32_t q = r / tile_rows * CUDA_TILE_ROWS + r % tile_rows;
+        const uint32_t q = (r >> rows_shift) * CUDA_TILE_ROWS + (r & ((1u << rows_shift) - 1));
         const float factor = map.factor[j];
         matmul_finish(p.w.epilogue, sum(q) * factor, swiglu ? sum(q + CUDA_TILE_ROWS / 2) * factor : 0,
                       p.w.y + (uint64_t)map.y_row[j] * p.w.y_stride + row);
