@@ -36,8 +36,8 @@ struct attention_parameters {
 /* All pieces of rows of tiles, eight tiles a block, by Hopper's matrix unit, where device, build and dimension allow it. */
 bool attention_many_runs(uint32_t head_dim);
 cudaError_t attention_many(const attention_parameters &p, const struct cuda_heads *heads, cudaStream_t stream);
-/* All pieces of rows with rope, a block each, with little code, of a cache in f16: where cuda_attention_takes_rope. */
-cudaError_t attention_decode(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
+/* All pieces of rows with rope, a block each, with little code: where cuda_attention_takes_rope. */
+cudaError_t attention_decode(const attention_parameters &p, const struct cuda_heads *heads, cudaStream_t stream);
 /* Joins p.partial and p.stats of all rows, and rounds these where p.out wants it. */
 cudaError_t attention_join(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream);
 

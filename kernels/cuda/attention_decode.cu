@@ -1,9 +1,8 @@
 /*
  * Attention of decode rows that does what cuda_rope does: the first half of cuda_attention, split, with rope, where pieces
- * are not so many and the cache is in f16. Its code is small on purpose: at few rows kernels take the time in which their
- * instructions come from L2.
+ * are not so many. Its code is small on purpose: at few rows kernels take the time in which their instructions come from L2.
  */
-#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/attention_rope.cuh"
 #include "kernels/cuda/barrier.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/norm.cuh"
@@ -15,23 +14,60 @@ constexpr int QUERY_WARPS = 8, DECODE_THREADS = 32 * (QUERY_WARPS + 1); /* one a
 /* Blocks a multiprocessor up to which four warps that share the values take less time than eight. */
 constexpr uint32_t FEW_BLOCKS = 4;
 
-template <int DIM> struct alignas(128) decode_memory {
-    half blocks[ATTENTION_PIECE_BLOCKS][2 * DIM * CUDA_KV_BLOCK];
+/* Of a cache in Q8_0 a block, 68 * DIM bytes, comes to where its values will be, and is expanded in place. */
+template <class VALUE, int DIM> struct alignas(128) decode_memory {
+    half blocks[ATTENTION_PIECE_BLOCKS][(sizeof(VALUE) == 1 ? 66 : 64) * DIM];
     half q[QUERY_WARPS][DIM + 32]; /* padded, as the scores are, so that rows lie in different banks */
     float scores[QUERY_WARPS][CUDA_KV_PIECE + 4];
     uint64_t barrier;
 };
+
+/* The first `count` blocks of a piece in Q8_0 as halves, by all query warps: all is read before any is written. */
+template <int DIM>
+__device__ __forceinline__ void expand_blocks(decode_memory<uint8_t, DIM> &shared, int count) {
+    constexpr int EIGHTS = 8 * DIM, OWN = EIGHTS / (32 * QUERY_WARPS), GROUPS = DIM / 32; /* of a block; a thread's */
+    uint4 halves[ATTENTION_PIECE_BLOCKS][OWN];
+    const bool takes_part = threadIdx.x < 32 * QUERY_WARPS;
+#pragma unroll
+    for (int b = 0; b < (int)ATTENTION_PIECE_BLOCKS; b++)
+        if (takes_part && b < count)
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                const uint8_t *block = (const uint8_t *)shared.blocks[b] + CUDA_KV_BLOCK * DIM * sizeof(half);
+                const half *scales = (const half *)(block + kv_scales_at(DIM));
+                const uint32_t eight = 32 * QUERY_WARPS * i + threadIdx.x, tile = eight / 128, row = eight / 4 % 32;
+                uint4 of;
+                if (i < OWN / 2) /* keys */
+                    of.x = of.y = of.z = of.w = half2_bits(__half2half2(scales[row * GROUPS + tile]));
+                else
+                    of = *(const uint4 *)(scales + CUDA_KV_BLOCK * tile + 8 * (eight % 4));
+                halves[b][i] = kv_expand_eight(((const uint2 *)block)[eight], of);
+            }
+    __syncthreads();
+#pragma unroll
+    for (int b = 0; b < (int)ATTENTION_PIECE_BLOCKS; b++)
+        if (takes_part && b < count)
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                const uint32_t eight = 32 * QUERY_WARPS * i + threadIdx.x, tile = eight / 128, row = eight / 4 % 32;
+                const uint32_t position = kv_key_row(row); /* it is its own inverse */
+                *(uint4 *)(shared.blocks[b] +
+                           (i < OWN / 2 ? position * DIM + 32 * tile + 8 * (eight % 4) : 8 * eight)) = halves[b][i];
+            }
+    __syncthreads();
+}
 
 /*
  * A block is one piece of one row for one KV head. Its cache comes before the predecessor has ended; then each warp rotates
  * a vector, multiplies one of the eight products of keys of 8 positions, and, where it is one of VALUE_WARPS, makes the
  * weights of all and multiplies with its share of the values' dimensions. Each sum is made as in attend_block.
  */
-template <int DIM, int VALUE_WARPS>
+template <class VALUE, int DIM, int VALUE_WARPS>
 __global__ void __launch_bounds__(DECODE_THREADS) decode_kernel(const attention_parameters p) {
 #if __CUDA_ARCH__ >= 900
     constexpr int TILES = DIM / 8 / VALUE_WARPS; /* of 8 dimensions, a warp's */
-    __shared__ decode_memory<DIM> shared;
+    __shared__ decode_memory<VALUE, DIM> shared;
+    constexpr uint32_t bytes = kv_head_values<VALUE>(DIM) * sizeof(VALUE);
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, t = lane & 3;
     const uint32_t kv_head = blockIdx.x, row = blockIdx.y, piece = blockIdx.z;
     const int position = (int)p.position[row], first = (int)(piece * CUDA_KV_PIECE);
@@ -40,19 +76,20 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode_kernel(const attention_
     if (position < first)
         return;
     const int count = position < first + CUDA_KV_BLOCK ? 1 : 2;
-    half *cached = NULL; /* the last block */
+    VALUE *cached = NULL; /* the last block */
     if (is_key) {
         const uint32_t *table = p.tables + p.table[row] + piece * ATTENTION_PIECE_BLOCKS;
         if (lane == 0) {
             barrier_create(&shared.barrier, 1);
             barriers_created();
-            barrier_expect(&shared.barrier, count * sizeof shared.blocks[0]);
+            barrier_expect(&shared.barrier, count * bytes);
         }
 #pragma unroll 1
         for (int b = 0; b < count; b++) {
-            cached = block_head<half, DIM>(p, table[b], kv_head);
+            cached = block_head<VALUE, DIM>(p, table[b], kv_head);
             if (lane == 0)
-                barrier_copy(shared.blocks[b], cached, sizeof shared.blocks[b], &shared.barrier);
+                barrier_copy(shared.blocks[b] + (sizeof(VALUE) == 1 ? CUDA_KV_BLOCK * DIM : 0), cached, bytes,
+                             &shared.barrier);
         }
         __syncwarp();
     }
@@ -67,6 +104,11 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode_kernel(const attention_
 #pragma unroll
     for (int i = 0; i < TURNS; i++)
         turn[i] = turns[32 * i];
+    if constexpr (sizeof(VALUE) == 1) {
+        __syncthreads(); /* the barrier is there */
+        barrier_wait(&shared.barrier, 0);
+        expand_blocks(shared, count);
+    }
     wait_for_predecessor();
     if (is_key ? position < first + CUDA_KV_PIECE : warp < (int)p.group) {
         const uint32_t head = is_key ? p.heads + kv_head : kv_head * p.group + warp;
@@ -90,13 +132,24 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode_kernel(const attention_
         if (is_key) {
             const uint32_t at = (uint32_t)position % CUDA_KV_BLOCK, key_at = at * DIM + lane,
                            value_at = (DIM + lane) * CUDA_KV_BLOCK + at;
-            half *copy = shared.blocks[count - 1], *key = cached + key_at, *values = cached + value_at;
-            half *key_copy = copy + key_at, *values_copy = copy + value_at;
-            barrier_wait(&shared.barrier, 0);
+            if constexpr (sizeof(VALUE) == 1) {
+                float *room = shared.scores[0]; /* which has not been used yet */
 #pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                key[32 * i] = key_copy[32 * i] = __float2half_rn(x[i]);
-                values[32 * CUDA_KV_BLOCK * i] = values_copy[32 * CUDA_KV_BLOCK * i] = __float2half_rn(value[i]);
+                for (int i = 0; i < OWN; i++) {
+                    room[lane + 32 * i] = x[i];
+                    room[DIM + lane + 32 * i] = value[i];
+                }
+                __syncwarp();
+                store_own_q8_0<DIM>(room, at, cached, shared.blocks[count - 1], lane);
+            } else {
+                half *copy = shared.blocks[count - 1], *key = cached + key_at, *values = cached + value_at;
+                half *key_copy = copy + key_at, *values_copy = copy + value_at;
+                barrier_wait(&shared.barrier, 0);
+#pragma unroll
+                for (int i = 0; i < OWN; i++) {
+                    key[32 * i] = key_copy[32 * i] = __float2half_rn(x[i]);
+                    values[32 * CUDA_KV_BLOCK * i] = values_copy[32 * CUDA_KV_BLOCK * i] = __float2half_rn(value[i]);
+                }
             }
         } else {
 #pragma unroll
@@ -160,12 +213,18 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode_kernel(const attention_
 #endif
 }
 
+template <class VALUE>
+cudaError_t launch_value(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream) {
+    const bool few = p.rows * p.kv_heads * p.pieces <= FEW_BLOCKS * launch_processors();
+    auto kernel = few ? decode_kernel<VALUE, 128, 4> : decode_kernel<VALUE, 128, 8>;
+    if (head_dim == 64)
+        kernel = few ? decode_kernel<VALUE, 64, 4> : decode_kernel<VALUE, 64, 8>;
+    return launch(kernel, dim3(p.kv_heads, p.rows, p.pieces), dim3(DECODE_THREADS), 0, stream, p);
+}
+
 } // namespace
 
-cudaError_t attention_decode(const attention_parameters &p, uint32_t head_dim, cudaStream_t stream) {
-    const bool few = p.rows * p.kv_heads * p.pieces <= FEW_BLOCKS * launch_processors();
-    auto kernel = few ? decode_kernel<128, 4> : decode_kernel<128, 8>;
-    if (head_dim == 64)
-        kernel = few ? decode_kernel<64, 4> : decode_kernel<64, 8>;
-    return launch(kernel, dim3(p.kv_heads, p.rows, p.pieces), dim3(DECODE_THREADS), 0, stream, p);
+cudaError_t attention_decode(const attention_parameters &p, const struct cuda_heads *heads, cudaStream_t stream) {
+    return heads->cache == QUANT_Q8_0 ? launch_value<uint8_t>(p, heads->head_dim, stream)
+                                      : launch_value<half>(p, heads->head_dim, stream);
 }

@@ -65,6 +65,62 @@ static __device__ __forceinline__ void rotate_queries(const attention_parameters
     rows.last = (int)position;
 }
 
+/*
+ * A row's own key and value, x in shared memory, into the position's block in a cache in Q8_0 and into a copy of that: bytes
+ * too, or halves in f16's order. A lane has eight of them, four lanes a group; where there are fewer eights lanes do the
+ * same.
+ */
+template <int DIM, class COPY>
+static __device__ __forceinline__ void store_own_q8_0(const float *x, uint32_t at, uint8_t *cached, COPY *copy, int lane) {
+    constexpr int GROUPS = DIM / 32;
+    constexpr bool HALVES = sizeof(COPY) == sizeof(half);
+    static_assert(DIM <= 128, "a lane has one eight");
+    const int eight = lane % (2 * DIM / 8), group = eight / 4 % GROUPS;
+    const bool is_key = eight < DIM / 8;
+    float own[8];
+    *(float4 *)own = ((const float4 *)x)[2 * eight];
+    *(float4 *)(own + 4) = ((const float4 *)x)[2 * eight + 1];
+    uint32_t greatest = 0, words[2] = {};
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        greatest = max(greatest, kv_greatness(own[i]));
+    greatest = max(greatest, __shfl_xor_sync(0xffffffffu, greatest, 1));
+    greatest = max(greatest, __shfl_xor_sync(0xffffffffu, greatest, 2));
+    float factor;
+    const half scale = kv_scale(greatest, factor);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        words[i / 4] |= (uint32_t)kv_quantize(own[i], factor) << (8 * (i % 4));
+    const uint32_t twice = half2_bits(__half2half2(scale)), row = kv_key_row(at);
+    const uint2 packed = make_uint2(words[0], words[1]);
+    const uint4 read = kv_expand_eight(packed, make_uint4(twice, twice, twice, twice));
+    if (is_key) {
+        const uint32_t place = KV_TILE * group + 32 * row + 8 * (eight % 4);
+        *(uint2 *)(cached + place) = packed;
+        if constexpr (HALVES)
+            *(uint4 *)(copy + at * DIM + 8 * eight) = read;
+        else
+            *(uint2 *)(copy + place) = packed;
+    } else {
+        const uint32_t pairs[4] = {read.x, read.y, read.z, read.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint32_t place = (DIM + 8 * (eight - DIM / 8) + i) * CUDA_KV_BLOCK + at;
+            cached[place] = (uint8_t)(words[i / 4] >> (8 * (i % 4)));
+            if constexpr (HALVES)
+                copy[place] = __ushort_as_half((unsigned short)(pairs[i / 2] >> (16 * (i % 2))));
+            else
+                copy[place] = (uint8_t)(words[i / 4] >> (8 * (i % 4)));
+        }
+    }
+    if (eight % 4 == 0) {
+        const uint32_t place = is_key ? row * GROUPS + group : DIM + CUDA_KV_BLOCK * group + at;
+        ((half *)(cached + kv_scales_at(DIM)))[place] = scale;
+        if constexpr (!HALVES)
+            ((half *)(copy + kv_scales_at(DIM)))[place] = scale;
+    }
+}
+
 /* A row's own key and value of a KV head: of dimension lane + 32 i. */
 template <int DIM> struct attention_own {
     float key[DIM / 32], value[DIM / 32];
@@ -99,7 +155,7 @@ template <int DIM> struct attention_own {
                 room[DIM + lane + 32 * i] = value[i];
             }
             __syncwarp();
-            store_q8_0(room, at, cached, copy, lane);
+            store_own_q8_0<DIM>(room, at, cached, copy, lane);
         } else {
 #pragma unroll
             for (int i = 0; i < DIM / 32; i++) {
@@ -107,45 +163,6 @@ template <int DIM> struct attention_own {
                 cached[key_at] = copy[key_at] = __float2half_rn(rotated[i]);
                 cached[value_at] = copy[value_at] = __float2half_rn(value[i]);
             }
-        }
-    }
-
-private:
-    /* x: key and value. A lane has eight of them, four lanes a group; where there are fewer eights lanes do the same. */
-    static __device__ __forceinline__ void store_q8_0(const float *x, uint32_t at, uint8_t *cached, uint8_t *copy,
-                                                      int lane) {
-        constexpr int GROUPS = DIM / 32;
-        static_assert(DIM <= 128, "a lane has one eight");
-        const int eight = lane % (2 * DIM / 8), group = eight / 4 % GROUPS;
-        const bool is_key = eight < DIM / 8;
-        float own[8];
-        *(float4 *)own = ((const float4 *)x)[2 * eight];
-        *(float4 *)(own + 4) = ((const float4 *)x)[2 * eight + 1];
-        uint32_t greatest = 0, words[2] = {};
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            greatest = max(greatest, kv_greatness(own[i]));
-        greatest = max(greatest, __shfl_xor_sync(0xffffffffu, greatest, 1));
-        greatest = max(greatest, __shfl_xor_sync(0xffffffffu, greatest, 2));
-        float factor;
-        const half scale = kv_scale(greatest, factor);
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            words[i / 4] |= (uint32_t)kv_quantize(own[i], factor) << (8 * (i % 4));
-        const uint32_t row = kv_key_row(at);
-        if (is_key) {
-            const uint32_t place = KV_TILE * group + 32 * row + 8 * (eight % 4);
-            *(uint2 *)(cached + place) = *(uint2 *)(copy + place) = make_uint2(words[0], words[1]);
-        } else {
-            const uint32_t place = (DIM + 8 * (eight - DIM / 8)) * CUDA_KV_BLOCK + at;
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                cached[place + CUDA_KV_BLOCK * i] = copy[place + CUDA_KV_BLOCK * i] =
-                    (uint8_t)(words[i / 4] >> (8 * (i % 4)));
-        }
-        if (eight % 4 == 0) {
-            const uint32_t place = is_key ? row * GROUPS + group : DIM + CUDA_KV_BLOCK * group + at;
-            ((half *)(cached + kv_scales_at(DIM)))[place] = ((half *)(copy + kv_scales_at(DIM)))[place] = scale;
         }
     }
 };
