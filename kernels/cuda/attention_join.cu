@@ -8,7 +8,7 @@ namespace {
 
 constexpr uint32_t JOIN_PARTS = 8;   /* blocks that round a row together */
 constexpr uint32_t JOIN_HEADS = 4;   /* a block's, where it does not round */
-constexpr uint32_t JOIN_PIECES = 32; /* at a time */
+constexpr uint32_t JOIN_PIECES = 16; /* at a time; with more, blocks of the next kernel would not fit beside this one's */
 constexpr uint32_t JOIN_STEP = 2;    /* of these without going round */
 
 /* A warp's copy of pieces of its head, and of each the factors of what was before and of it, and its sum. */
@@ -68,7 +68,8 @@ __device__ __forceinline__ void join_pieces(const float *partial, const float2 *
                 after = next_maximum(other, after);
         }
         const float shifted = __shfl_up_sync(0xffffffffu, after, 1), before = lane ? shifted : max;
-        memory.keep_add_sum[lane] = make_float4(rescale(before, after), rescale(own.x, after), own.y, 0);
+        if (lane < JOIN_PIECES)
+            memory.keep_add_sum[lane] = make_float4(rescale(before, after), rescale(own.x, after), own.y, 0);
         join_copied();
         i = 0;
 #pragma unroll 1
