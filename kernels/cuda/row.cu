@@ -22,6 +22,8 @@ constexpr uint32_t TILES_MOST = 6, TILE_THREADS = 32 * CUDA_CHAINS; /* a block's
 constexpr uint32_t COLUMNS_MOST = NORM_COLUMNS_MAX, ROUNDS_MOST = COLUMNS_MOST / CUDA_CHUNK / CUDA_CHAINS;
 constexpr uint32_t EXPANDED_BYTES = 2 * CUDA_TILE_ROWS * CUDA_CHUNK; /* of a chunk */
 constexpr uint32_t USED_MOST = 8, EXPERTS_A_LANE = 4;
+constexpr long long HOLD_CYCLES = 10000; /* less than gate and up take */
+constexpr uint32_t HIDDEN_AT_ONCE = 6; /* fours of a lane */
 constexpr uint32_t MIX_WARPS = 12; /* registers suffice for these beside a block of the product before */
 /*
  * Of Hopper's shared memory: what a block can have, and of what two do not fit into a multiprocessor, for blocks that begin
@@ -31,13 +33,14 @@ constexpr uint32_t SHARED_MOST = 227 << 10, SHARED_ALONE = 115 << 10;
 
 struct row_parameters {
     matmul_part parts[CUDA_PARTS];
+    uint32_t tiles[CUDA_PARTS]; /* of a block of the part, at most blockDim.x / TILE_THREADS */
     uint32_t part_count, chunks, chains, columns;
     const half *x; /* rounded; or NULL: `floats` are to be normed */
     const float *x_scale, *floats, *norm;
     float epsilon;
     uint32_t weights_at, tile_bytes, expanded_at; /* in shared memory; expanded_at 0: weights are expanded where used */
     const float *logits;                          /* by expert, or NULL */
-    uint32_t experts;
+    uint32_t experts, used, blocks; /* used: matrices, a rank's each, of so many blocks */
 };
 
 /* Behind it lie x, what is to be normed and the norm, and the weights. */
@@ -64,7 +67,7 @@ struct alignas(128) mix_memory {
     float sums[USED_MOST][CUDA_CHAINS][CUDA_TILE_ROWS], factor[USED_MOST];
     uint32_t chosen[USED_MOST];
     float weight[32];
-    uint64_t weights_full[USED_MOST], hidden_full[USED_MOST];
+    uint64_t weights_full[USED_MOST];
 };
 
 #if __CUDA_ARCH__ >= 900
@@ -82,7 +85,7 @@ template <int TYPE>
 __device__ __forceinline__ void multiply_chunk(const unsigned char *weights, const unsigned char *x, float matrix_scale,
                                                uint32_t lane, float sums[4]) {
     const tile_in_place<TYPE> now(weights, matrix_scale, lane);
-#pragma unroll 1
+#pragma unroll
     for (int i = 0; i < 4; i++) {
         uint32_t a[2][8];
         now.fragments(i, a);
@@ -109,7 +112,7 @@ __device__ __forceinline__ void expand_chunk(const unsigned char *weights, float
 
 __device__ __forceinline__ void multiply_expanded(const uint4 *from, const unsigned char *x, uint32_t lane,
                                                   float sums[4]) {
-#pragma unroll 2
+#pragma unroll 4
     for (int i = 0; i < 4; i++) {
         uint32_t a[2][8];
 #pragma unroll
@@ -164,6 +167,15 @@ __device__ __forceinline__ float norm_row(const row_parameters &p, float4 *value
     return scale;
 }
 
+/*
+ * Until the next kernel's blocks have begun: on a multiprocessor that had none of this kernel there would be room for two,
+ * for which all others would wait.
+ */
+__device__ __forceinline__ void hold_place() {
+    for (const long long from = clock64(); clock64() - from < HOLD_CYCLES;)
+        __nanosleep(100);
+}
+
 __device__ __forceinline__ void fetch(void *to, const void *from, uint32_t bytes, uint64_t *full) {
     barrier_expect(full, bytes);
     barrier_copy(to, from, bytes, full);
@@ -172,8 +184,8 @@ __device__ __forceinline__ void fetch(void *to, const void *from, uint32_t bytes
 #endif
 
 /*
- * A block has blockDim.x / TILE_THREADS tiles; by expert blockIdx.y is the expert's rank. A part has the format TYPE or
- * OTHER.
+ * A block has p.tiles of its part, a warp for each chain of one. By expert blocks behind those of the last rank have none.
+ * A part has the format TYPE or OTHER.
  */
 template <int TYPE, int OTHER>
 __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __grid_constant__ row_parameters p) {
@@ -183,16 +195,17 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
     unsigned char *x = memory + sizeof shared;
     float4 *values = (float4 *)(x + 2 * CUDA_CHUNK * p.chunks);
     const uint32_t lane = threadIdx.x % 32, chain = threadIdx.x / 32 % CUDA_CHAINS, own = threadIdx.x / TILE_THREADS;
+    const uint32_t rank = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks;
     uint32_t part = 0;
-    while (part + 1 < p.part_count && blockIdx.x >= p.parts[part + 1].first_block)
+    while (part + 1 < p.part_count && block >= p.parts[part + 1].first_block)
         part++;
     const matmul_part &w = p.parts[part];
     const bool is_other = TYPE != OTHER && w.type != TYPE;
     const uint32_t chunk_bytes = (uint32_t)launch_chunk_bytes(is_other ? OTHER : TYPE);
-    const uint32_t first_tile = (blockIdx.x - w.first_block) * (blockDim.x / TILE_THREADS), tile = first_tile + own;
+    const uint32_t tiles = p.tiles[part], first_tile = (block - w.first_block) * tiles, tile = first_tile + own;
+    const bool has_tile = own < tiles && tile < w.row_tiles;
     const uint32_t rounds = (p.chunks + CUDA_CHAINS - 1) / CUDA_CHAINS; /* of copies: a chunk of every chain each */
-    const uint32_t own_rounds =
-        tile < w.row_tiles && chain < p.chunks ? (p.chunks - chain + CUDA_CHAINS - 1) / CUDA_CHAINS : 0;
+    const uint32_t own_rounds = has_tile && chain < p.chunks ? (p.chunks - chain + CUDA_CHAINS - 1) / CUDA_CHAINS : 0;
     unsigned char *const weights = memory + p.weights_at + own * p.tile_bytes;
     uint4 *const expanded = (uint4 *)(memory + p.expanded_at + EXPANDED_BYTES * p.chunks * own);
     if (threadIdx.x == 0) {
@@ -209,25 +222,26 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
     if (p.logits) {
         wait_for_predecessor();
         launch_dependents(); /* who comes next finds the logits there */
+        if (rank == p.used) {
+            hold_place();
+            return;
+        }
         if (threadIdx.x == 0)
             fetch(x, p.x, 2 * CUDA_CHUNK * p.chunks, &shared.x_full);
         if (threadIdx.x < 32)
-            route_choose<EXPERTS_A_LANE>(p.logits, p.experts, blockIdx.y + 1, lane, shared.chosen);
+            route_choose<EXPERTS_A_LANE>(p.logits, p.experts, rank + 1, lane, shared.chosen);
         __syncthreads();
-        from += shared.chosen[blockIdx.y] * w.expert_bytes;
+        from += shared.chosen[rank] * w.expert_bytes;
     } else {
         launch_dependents();
     }
-    if (threadIdx.x == 0) { /* what all warps begin with comes first */
-        const uint32_t tiles = min(w.row_tiles - first_tile, blockDim.x / TILE_THREADS);
-        from += (uint64_t)first_tile * p.chunks * chunk_bytes;
+    if (lane == 0 && has_tile) { /* as many threads as can begin the copies */
+        from += (uint64_t)tile * p.chunks * chunk_bytes;
 #pragma unroll 1
-        for (uint32_t i = 0; i < rounds; i++) {
+        for (uint32_t i = chain; i < rounds; i += CUDA_CHAINS) {
             const uint32_t first = i * CUDA_CHAINS, count = min(p.chunks - first, (uint32_t)CUDA_CHAINS);
-#pragma unroll 1
-            for (uint32_t t = 0; t < tiles; t++)
-                fetch(memory + p.weights_at + t * p.tile_bytes + first * chunk_bytes,
-                      from + (t * p.chunks + first) * chunk_bytes, count * chunk_bytes, &shared.weights_full[t][i]);
+            fetch(weights + first * chunk_bytes, from + first * chunk_bytes, count * chunk_bytes,
+                  &shared.weights_full[own][i]);
         }
     }
     if (p.expanded_at)
@@ -253,8 +267,8 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
     /* What the thread will write, and what was there before. */
     const bool swiglu = w.epilogue == CUDA_SWIGLU;
     const uint32_t tile_shift = swiglu ? 3 : 4, out_row = (first_tile << tile_shift) + threadIdx.x;
-    const bool writes = threadIdx.x >> tile_shift < blockDim.x / TILE_THREADS && out_row < w.rows;
-    float *y = w.y + blockIdx.y * w.y_stride + out_row;
+    const bool writes = threadIdx.x >> tile_shift < tiles && out_row < w.rows;
+    float *y = w.y + rank * w.y_stride + out_row;
     const float before = writes && w.epilogue == CUDA_ADD ? *y : 0.0f;
     float scale;
     if (p.x) {
@@ -309,7 +323,6 @@ __global__ void __launch_bounds__(32 * MIX_WARPS) mix_kernel(const __grid_consta
     constexpr uint32_t chunk_bytes = (uint32_t)launch_chunk_bytes(TYPE);
     const uint32_t bytes = p.chunks * chunk_bytes;
     unsigned char *const experts = memory + sizeof shared, *const weights = experts + warp * p.expert_bytes;
-    launch_dependents();
     if (warp == 0) { /* the logits have been there since the predecessor let this begin */
         const route_choice choice = route_choose<EXPERTS_A_LANE>(p.logits, p.experts, p.used, lane, shared.chosen);
         const float weight = route_weight(choice, p.used, lane);
@@ -322,25 +335,32 @@ __global__ void __launch_bounds__(32 * MIX_WARPS) mix_kernel(const __grid_consta
     __syncthreads();
     if (lane == 0 && warp < p.used) {
         barrier_create(&shared.weights_full[warp], 1);
-        barrier_create(&shared.hidden_full[warp], 1);
         barriers_created();
         fetch(weights, p.w.tiles + shared.chosen[warp] * p.w.expert_bytes + (uint64_t)blockIdx.x * bytes, bytes,
               &shared.weights_full[warp]);
     }
     wait_for_predecessor();
+    launch_dependents(); /* blocks that begin while gate and up end put this moment off */
     const uint32_t row = blockIdx.x * CUDA_TILE_ROWS + threadIdx.x;
     const bool writes = threadIdx.x < CUDA_TILE_ROWS && row < p.w.rows;
     const float before = writes ? p.w.y[row] : 0.0f;
     if (warp < p.used) {
         float4 *hidden = (float4 *)(weights + bytes);
-        if (lane == 0)
-            fetch(hidden, p.hidden + warp * p.columns, 4 * p.columns, &shared.hidden_full[warp]);
-        __syncwarp();
-        barrier_wait(&shared.hidden_full[warp], 0);
+        const float4 *from = (const float4 *)(p.hidden + warp * p.columns);
         float greatest = 0, shrink;
-#pragma unroll 2
-        for (uint32_t i = lane; i < fours; i += 32)
-            greatest = greater(greatest, greatest_of(hidden[i]));
+#pragma unroll 1
+        for (uint32_t i = lane; i < fours; i += 32 * HIDDEN_AT_ONCE) {
+            float4 value[HIDDEN_AT_ONCE];
+#pragma unroll
+            for (uint32_t k = 0; k < HIDDEN_AT_ONCE; k++)
+                value[k] = i + 32 * k < fours ? from[i + 32 * k] : make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (uint32_t k = 0; k < HIDDEN_AT_ONCE; k++) {
+                greatest = greater(greatest, greatest_of(value[k]));
+                if (i + 32 * k < fours)
+                    hidden[i + 32 * k] = value[k];
+            }
+        }
         const float scale = rounding_scale(warp_greatest(greatest), shrink);
         /* In place: halves take the room of floats that have been read. */
 #pragma unroll 1
@@ -468,11 +488,23 @@ cudaError_t cuda_row_matmul(const struct cuda_matmul *m, uint32_t count, const s
         return cudaErrorInvalidValue;
     row_parameters p = {};
     uint32_t blocks = 0;
+    const auto blocks_of = [&](uint32_t i) { return (p.parts[i].row_tiles + p.tiles[i] - 1) / p.tiles[i]; };
     for (uint32_t i = 0; i < count; i++) {
         p.parts[i] = matmul_part_of(m + i);
-        p.parts[i].first_block = blocks;
-        blocks += (p.parts[i].row_tiles + plan.tiles - 1) / plan.tiles;
+        p.tiles[i] = plan.tiles;
+        blocks += blocks_of(i);
     }
+    const uint32_t processors = std::max(launch_processors(), 1u);
+    for (uint32_t i = 0; i < count; i++) { /* what takes longest gets what is left of the multiprocessors */
+        if (m[i].w->type == m->w->type)
+            continue;
+        blocks -= blocks_of(i);
+        while (p.tiles[i] > 1 && blocks + (p.parts[i].row_tiles + p.tiles[i] - 2) / (p.tiles[i] - 1) <= processors)
+            p.tiles[i]--;
+        blocks += blocks_of(i);
+    }
+    for (uint32_t i = 1; i < count; i++)
+        p.parts[i].first_block = p.parts[i - 1].first_block + blocks_of(i - 1);
     p.part_count = count;
     p.chunks = matmul_chunks(m);
     p.chains = std::min(p.chunks, (uint32_t)CUDA_CHAINS);
@@ -492,7 +524,11 @@ cudaError_t cuda_row_matmul(const struct cuda_matmul *m, uint32_t count, const s
         p.logits = route->logits;
         p.experts = route->experts;
     }
-    const dim3 grid(blocks, route ? route->used : 1);
+    p.blocks = blocks;
+    p.used = route ? route->used : 1;
+    const uint32_t all = blocks * p.used;
+    const uint32_t idle = route ? std::min((processors - all % processors) % processors, blocks) : 0;
+    const dim3 grid(all + idle);
     const auto go = [&](auto *kernel) {
         return launch_shared(kernel, grid, plan.tiles * TILE_THREADS, plan.shared, stream, p);
     };
