@@ -205,16 +205,20 @@ static cudaError_t experts(struct executor_cuda *cuda, const struct cuda_shape *
         error = error ? error : matmul(&m, cuda->stream);
     }
     error = error ? error : cuda_mark(cuda, "gate, up");
-    error = error ? error : cuda_round(cuda->hidden, hidden, shape->rows * used, &mixed, cuda->stream);
-    error = error ? error : cuda_mark(cuda, "round");
     m.w = &layer->down;
     m.x = mixed.half;
     m.x_scale = mixed.scale;
+    m.floats = cuda->hidden;
     m.y = cuda->expert_out;
     m.y_stride = length;
     m.epilogue = CUDA_STORE;
     m.x_divisor = 1;
-    m.items_early = !many; /* cuda_round stands between */
+    m.items_early = !many; /* gate and up stand between */
+    if (many || !cuda_matmul_rounds(&m)) {
+        m.floats = NULL;
+        error = error ? error : cuda_round(cuda->hidden, hidden, shape->rows * used, &mixed, cuda->stream);
+        error = error ? error : cuda_mark(cuda, "round");
+    }
     error = error ? error : matmul(&m, cuda->stream);
     return error ? error : cuda_mark(cuda, "down");
 }

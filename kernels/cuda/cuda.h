@@ -80,17 +80,21 @@ struct cuda_matmul {
     const uint32_t *item_count, *order;
     uint32_t item_limit, x_divisor;
     bool items_early; /* items, item_count and order were complete before the kernel before let this one begin */
+    const float *floats; /* instead of x and x_scale: rows of `columns`, rounded as cuda_round does, if cuda_matmul_rounds */
 };
+/* By expert, where !items_early, a kernel lets the next begin only once its items are complete. */
 cudaError_t cuda_matmul(const struct cuda_matmul *arguments, cudaStream_t stream);
 /* Dense products of the same x and tokens, as cuda_matmul of each; in one launch where their formats allow it. */
 enum { CUDA_PARTS = 3 };
 cudaError_t cuda_matmul_parts(const struct cuda_matmul *arguments, uint32_t count, cudaStream_t stream);
 /*
  * Whether cuda_matmul has a kernel for many items of up to CUDA_STREAM_TOKENS tokens, whose time is that of the tokens they
- * have. Without it, or with larger items, the time is that of `tokens`.
+ * have (and for as many tokens of very many rows). Without it, or with larger items, the time is that of `tokens`.
  */
 enum { CUDA_STREAM_TOKENS = 24 };
 bool cuda_matmul_streams(void);
+/* Whether cuda_matmul takes the product with its `floats`: few tokens an item, columns of no more chunks than chains. */
+bool cuda_matmul_rounds(const struct cuda_matmul *arguments);
 
 /*
  * The same product with the same bits, for many tokens, where the device and the build have Hopper's matrix unit

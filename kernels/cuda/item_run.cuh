@@ -15,9 +15,9 @@ static __device__ __forceinline__ uint32_t item_job_cost(uint32_t count) {
 struct item_costs {
     uint32_t own, through;
 
-    __device__ __forceinline__ item_costs(const cuda_item *items, uint32_t count, uint32_t item, uint32_t before,
-                                          int lane) {
-        own = item < count ? item_job_cost(items[item].count) : 0;
+    template <class TOKENS>
+    __device__ __forceinline__ item_costs(TOKENS tokens, uint32_t count, uint32_t item, uint32_t before, int lane) {
+        own = item < count ? item_job_cost(tokens(item)) : 0;
         through = warp_scan(own, lane) + before;
     }
     __device__ __forceinline__ uint32_t last() const {
@@ -27,19 +27,20 @@ struct item_costs {
 
 /*
  * Deals the jobs of `count` items, `jobs` of each, to the blocks of a grid in runs that cost the same, to within a job:
- * this block's are begin .. end. The whole warp calls it.
+ * this block's are begin .. end. tokens(i): those of item i. The whole warp calls it.
  */
-static __device__ __forceinline__ void item_run(const cuda_item *items, uint32_t count, uint32_t jobs, int lane,
+template <class TOKENS>
+static __device__ __forceinline__ void item_run(TOKENS tokens, uint32_t count, uint32_t jobs, int lane,
                                                 uint32_t &begin, uint32_t &end) {
     uint32_t total = 0;
     for (uint32_t first = 0; first < count; first += 32)
-        total = item_costs(items, count, first + lane, total, lane).last();
+        total = item_costs(tokens, count, first + lane, total, lane).last();
     const uint64_t from = (uint64_t)total * jobs * blockIdx.x / gridDim.x,
                    to = (uint64_t)total * jobs * (blockIdx.x + 1) / gridDim.x;
     begin = end = count * jobs;
     uint32_t before = 0;
     for (uint32_t first = 0; first < count; first += 32) {
-        const item_costs costs(items, count, first + lane, before, lane);
+        const item_costs costs(tokens, count, first + lane, before, lane);
         const uint64_t least = (uint64_t)(costs.through - costs.own) * jobs,
                        limit = (uint64_t)costs.through * jobs;
         const auto job_at = [&](uint64_t cost, uint32_t otherwise) {

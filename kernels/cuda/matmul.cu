@@ -98,8 +98,12 @@ __device__ __forceinline__ void multiply(const parameters &p, const matmul_part 
     const uint32_t row_tiles = min(w.row_tiles - block * ROW_TILES, (uint32_t)ROW_TILES);
     const bool early = !p.items || p.items_early;
 
-    if (!early)
+    if (early) {
+        launch_dependents();
+    } else {
         wait_for_predecessor();
+        launch_dependents(); /* who comes next finds the items there */
+    }
     const uint8_t *tiles = w.tiles;
     token_map map = {p.order, blockIdx.y * TOKENS, p.x_divisor};
     uint32_t count = p.tokens > map.first ? min(p.tokens - map.first, (uint32_t)TOKENS) : 0;
@@ -205,7 +209,6 @@ template <int TYPE, int OTHER, int N_TILES, int ROW_TILES>
 __global__ void __launch_bounds__(WARPS * 32, least_blocks(TYPE, N_TILES))
     matmul_kernel(const __grid_constant__ parameters p) {
     __shared__ exchange<N_TILES, ROW_TILES> shared;
-    launch_dependents();
     uint32_t i = 0;
     while (i + 1 < p.part_count && blockIdx.x >= p.parts[i + 1].first_block)
         i++;
@@ -298,6 +301,8 @@ cudaError_t launch_type(parameters &p, const struct cuda_matmul *m, cudaStream_t
 cudaError_t cuda_matmul(const struct cuda_matmul *m, cudaStream_t stream) {
     if (matmul_stream_takes(m))
         return matmul_stream(m, stream);
+    if (m->floats)
+        return cudaErrorInvalidValue;
     if (matmul_cluster_takes(m, 1))
         return matmul_cluster(m, 1, stream);
     parameters p = parameters_of(m, 1);

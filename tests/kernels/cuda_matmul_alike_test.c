@@ -84,8 +84,12 @@ static void run_pieces(const struct cuda_matmul *whole, uint32_t item_count, con
         }
 }
 
-/* `count` matrices of p's shape, of which all but the first have format `other`, in one call and in pieces. */
-static void test_together(struct random *random, const struct problem *p, uint32_t count, enum quant_type other) {
+/*
+ * `count` matrices of p's shape, of which all but the first have format `other`, in one call and in pieces; items have up to
+ * `item_tokens`. rounds: the one call gets floats, the pieces what cuda_round makes of them.
+ */
+static void test_together(struct random *random, const struct problem *p, uint32_t count, enum quant_type other,
+                          uint32_t item_tokens, bool rounds) {
     struct weights w[CUDA_PARTS];
     struct problem part = *p;
     for (uint32_t i = 0; i < count; i++) {
@@ -110,7 +114,7 @@ static void test_together(struct random *random, const struct problem *p, uint32
     for (uint32_t a = 0; a < assignments; a++) /* the first expert gets many */
         expert[a] = p->used && random_below(random, 8) ? random_below(random, p->experts) : 0;
     const uint32_t small_count = p->used ? make_items(expert, p, assignments, 8, order, small) : 0;
-    const uint32_t item_count = p->used ? make_items(expert, p, assignments, CUDA_STREAM_TOKENS, order, items) : 0;
+    const uint32_t item_count = p->used ? make_items(expert, p, assignments, item_tokens, order, items) : 0;
 
     void *device_x = cuda_test_buffer(x, sizeof *x * halves),
          *device_scales = cuda_test_buffer(scales, sizeof *scales * p->tokens),
@@ -121,6 +125,13 @@ static void test_together(struct random *random, const struct problem *p, uint32
          *device_order = cuda_test_buffer(order, sizeof *order * assignments),
          *device_count = cuda_test_buffer(&item_count, sizeof item_count),
          *device_one = cuda_test_buffer(&one, sizeof one);
+    float *floats = calloc((size_t)p->tokens * p->columns, sizeof *floats);
+    for (size_t i = 0; i < (size_t)p->tokens * p->columns; i++)
+        floats[i] = random_float(random) * ldexpf(1, (int)(i / p->columns % 20) - 10);
+    void *device_floats = cuda_test_buffer(floats, sizeof *floats * p->tokens * p->columns);
+    const struct cuda_activation rounded = {.half = device_x, .scale = device_scales};
+    if (rounds)
+        CUDA_CHECK(cuda_round(device_floats, p->columns, p->tokens, &rounded, 0));
     struct cuda_matmul m[CUDA_PARTS];
     for (uint32_t i = 0; i < count; i++) {
         m[i] = (struct cuda_matmul){.w = &w[i].matrix,
@@ -128,7 +139,7 @@ static void test_together(struct random *random, const struct problem *p, uint32
                                     .x_scale = device_scales,
                                     .y = (float *)device_want + (size_t)i * p->rows,
                                     .y_stride = count * p->rows,
-                                    .tokens = p->used ? CUDA_STREAM_TOKENS : p->tokens,
+                                    .tokens = p->used ? item_tokens : p->tokens,
                                     .epilogue = p->epilogue,
                                     .order = p->used ? device_order : NULL,
                                     .x_divisor = p->used};
@@ -139,7 +150,9 @@ static void test_together(struct random *random, const struct problem *p, uint32
         m[i].item_count = device_count;
         m[i].item_limit = item_count + 3;
         m[i].items_early = random_below(random, 2);
+        m[i].floats = rounds ? device_floats : NULL;
     }
+    const bool taken = !rounds || cuda_matmul_rounds(m);
     CUDA_CHECK(count > 1 ? cuda_matmul_parts(m, count, 0) : cuda_matmul(m, 0));
     cuda_test_fetch(want, device_want, sizeof *want * results);
     cuda_test_fetch(got, device_got, sizeof *got * results);
@@ -149,19 +162,20 @@ static void test_together(struct random *random, const struct problem *p, uint32
         missing += isnan(want[i]);
     }
     static const char *const epilogues[] = {"store", "add", "swiglu", "gated"};
-    tap_ok(differ == 0 && missing == 0, "together: %u of %s, %s %ux%u, %u experts, %u tokens, %s: %zu of %zu differ",
-           count, quant_format(p->type)->name, quant_format(part.type)->name, p->rows, p->columns, p->experts,
-           p->tokens, epilogues[p->epilogue], differ, results);
+    tap_ok(taken && differ == 0 && missing == 0,
+           "together: %u of %s, %s %ux%u, %u experts, %u tokens by %u%s, %s: %zu of %zu differ", count,
+           quant_format(p->type)->name, quant_format(part.type)->name, p->rows, p->columns, p->experts, p->tokens,
+           item_tokens, rounds ? ", rounded" : "", epilogues[p->epilogue], differ, results);
     for (uint32_t i = 0; i < count; i++) {
         cudaFree(w[i].tiles);
         free(w[i].rows);
         free(w[i].pairs);
     }
     void *const device[] = {device_x,     device_scales, device_want,  device_got, device_items,
-                            device_small, device_order,  device_count, device_one};
+                            device_small, device_order,  device_count, device_one, device_floats};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         cudaFree(device[i]);
-    void *const host[] = {x, scales, want, got, expert, order, items, small};
+    void *const host[] = {x, scales, want, got, expert, order, items, small, floats};
     for (size_t i = 0; i < sizeof host / sizeof *host; i++)
         free(host[i]);
 }
@@ -169,14 +183,23 @@ static void test_together(struct random *random, const struct problem *p, uint32
 /* Shapes that cuda_matmul has kernels of their own for, if the format is one of theirs. */
 static void test_choices(struct random *random, enum quant_type type) {
     const uint32_t block = quant_format(type)->block_weights == 256 ? 256 : 32;
-    for (int round = 0; round < 4; round++) { /* many items */
-        struct problem p = {.type = type, .epilogue = (enum cuda_epilogue)round};
-        p.columns = block * (1 + random_below(random, 2048 / block));
+    for (int round = 0; round < 8; round++) { /* many items; in later rounds of few tokens and columns */
+        const uint32_t columns = round < 4 ? 2048 : 1024;
+        struct problem p = {.type = type, .epilogue = (enum cuda_epilogue)(round % 4)};
+        p.columns = block * (1 + random_below(random, columns / block));
         p.experts = 110 + random_below(random, 30);
         p.used = 3 + random_below(random, 3);
         p.tokens = 150 + random_below(random, 150);
         p.rows = 8 * (44 + random_below(random, 6)) - (p.epilogue == CUDA_SWIGLU ? 0 : random_below(random, 8));
-        test_together(random, &p, 1, type);
+        const uint32_t item_tokens = round < 4 ? CUDA_STREAM_TOKENS : 17 + random_below(random, 8);
+        test_together(random, &p, 1, type, item_tokens, round >= 4);
+    }
+    for (int round = 0; round < 2; round++) { /* as many rows as a head has */
+        struct problem p = {.type = type, .experts = 1, .epilogue = round ? CUDA_ADD : CUDA_STORE};
+        p.columns = round ? 1280 : 512;
+        p.tokens = 1 + random_below(random, CUDA_STREAM_TOKENS);
+        p.rows = 32768 + random_below(random, 1000);
+        test_together(random, &p, 1, type, 0, false);
     }
     for (int round = 0; round < 12; round++) { /* many tokens; in the last round also many rows */
         struct problem p = {.type = type, .experts = 1, .epilogue = (enum cuda_epilogue)(round % 4)};
@@ -188,7 +211,7 @@ static void test_choices(struct random *random, enum quant_type type) {
             p.rows = 8 * (3100 + random_below(random, 100));
         }
         p.rows -= p.epilogue == CUDA_SWIGLU ? 0 : random_below(random, 8);
-        test_together(random, &p, 1 + (uint32_t)round % CUDA_PARTS, round % 2 ? QUANT_Q6_K : type);
+        test_together(random, &p, 1 + (uint32_t)round % CUDA_PARTS, round % 2 ? QUANT_Q6_K : type, 0, false);
     }
 }
 
