@@ -22,7 +22,7 @@ constexpr uint32_t TILES_MOST = 6, TILE_THREADS = 32 * CUDA_CHAINS; /* a block's
 constexpr uint32_t COLUMNS_MOST = NORM_COLUMNS_MAX, ROUNDS_MOST = COLUMNS_MOST / CUDA_CHUNK / CUDA_CHAINS;
 constexpr uint32_t EXPANDED_BYTES = 2 * CUDA_TILE_ROWS * CUDA_CHUNK; /* of a chunk */
 constexpr uint32_t USED_MOST = 8, EXPERTS_A_LANE = 4;
-constexpr long long HOLD_CYCLES = 10000; /* less than gate and up take */
+constexpr uint32_t HOLD_BYTES = 11; /* of a block's weights, for each cycle that a place is held: they take longer */
 constexpr uint32_t HIDDEN_AT_ONCE = 6; /* fours of a lane */
 constexpr uint32_t MIX_WARPS = 12; /* registers suffice for these beside a block of the product before */
 /*
@@ -171,8 +171,8 @@ __device__ __forceinline__ float norm_row(const row_parameters &p, float4 *value
  * Until the next kernel's blocks have begun: on a multiprocessor that had none of this kernel there would be room for two,
  * for which all others would wait.
  */
-__device__ __forceinline__ void hold_place() {
-    for (const long long from = clock64(); clock64() - from < HOLD_CYCLES;)
+__device__ __forceinline__ void hold_place(uint32_t cycles) {
+    for (const long long from = clock64(); clock64() - from < cycles;)
         __nanosleep(100);
 }
 
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
         wait_for_predecessor();
         launch_dependents(); /* who comes next finds the logits there */
         if (rank == p.used) {
-            hold_place();
+            hold_place(p.tile_bytes * (blockDim.x / TILE_THREADS) / HOLD_BYTES);
             return;
         }
         if (threadIdx.x == 0)
