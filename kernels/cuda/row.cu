@@ -22,8 +22,6 @@ constexpr uint32_t TILES_MOST = 6, TILE_THREADS = 32 * CUDA_CHAINS; /* a block's
 constexpr uint32_t COLUMNS_MOST = NORM_COLUMNS_MAX, ROUNDS_MOST = COLUMNS_MOST / CUDA_CHUNK / CUDA_CHAINS;
 constexpr uint32_t EXPANDED_BYTES = 2 * CUDA_TILE_ROWS * CUDA_CHUNK; /* of a chunk */
 constexpr uint32_t USED_MOST = 8, EXPERTS_A_LANE = 4;
-constexpr uint32_t HOLD_BYTES = 11; /* of a block's weights, for each cycle that a place is held: they take longer */
-constexpr uint32_t HIDDEN_AT_ONCE = 6; /* fours of a lane */
 constexpr uint32_t MIX_WARPS = 12; /* registers suffice for these beside a block of the product before */
 /*
  * Of Hopper's shared memory: what a block can have, and of what two do not fit into a multiprocessor, for blocks that begin
@@ -166,6 +164,8 @@ __device__ __forceinline__ float norm_row(const row_parameters &p, float4 *value
     __syncthreads();
     return scale;
 }
+
+constexpr uint32_t HOLD_BYTES = 11; /* of a block's weights, for each cycle that a place is held: they take longer */
 
 /*
  * Until the next kernel's blocks have begun: on a multiprocessor that had none of this kernel there would be room for two,
@@ -346,16 +346,17 @@ __global__ void __launch_bounds__(32 * MIX_WARPS) mix_kernel(const __grid_consta
     const float before = writes ? p.w.y[row] : 0.0f;
     if (warp < p.used) {
         float4 *hidden = (float4 *)(weights + bytes);
+        constexpr uint32_t AT_ONCE = 6; /* fours of a lane */
         const float4 *from = (const float4 *)(p.hidden + warp * p.columns);
         float greatest = 0, shrink;
 #pragma unroll 1
-        for (uint32_t i = lane; i < fours; i += 32 * HIDDEN_AT_ONCE) {
-            float4 value[HIDDEN_AT_ONCE];
+        for (uint32_t i = lane; i < fours; i += 32 * AT_ONCE) {
+            float4 value[AT_ONCE];
 #pragma unroll
-            for (uint32_t k = 0; k < HIDDEN_AT_ONCE; k++)
+            for (uint32_t k = 0; k < AT_ONCE; k++)
                 value[k] = i + 32 * k < fours ? from[i + 32 * k] : make_float4(0, 0, 0, 0);
 #pragma unroll
-            for (uint32_t k = 0; k < HIDDEN_AT_ONCE; k++) {
+            for (uint32_t k = 0; k < AT_ONCE; k++) {
                 greatest = greater(greatest, greatest_of(value[k]));
                 if (i + 32 * k < fours)
                     hidden[i + 32 * k] = value[k];
