@@ -288,9 +288,9 @@ cudaError_t launch_dim(const attention_parameters &p, const struct cuda_heads *h
     if (p.partial) {
         cudaError_t error;
         if constexpr (DIM == 64 || DIM == 128)
-            error = !p.rope.qkv                                         ? launch_split<VALUE, DIM, false>(p, stream)
+            error = !p.rope.qkv                                       ? launch_split<VALUE, DIM, false>(p, stream)
                     : p.rows * p.kv_heads * p.pieces <= DECODE_BLOCKS ? attention_decode(p, heads, stream)
-                                                                        : launch_split<VALUE, DIM, true>(p, stream);
+                                                                      : launch_split<VALUE, DIM, true>(p, stream);
         else
             error = launch_split<VALUE, DIM, false>(p, stream);
         return error ? error : attention_join(p, DIM, stream);

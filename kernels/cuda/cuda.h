@@ -93,7 +93,7 @@ cudaError_t cuda_matmul_parts(const struct cuda_matmul *arguments, uint32_t coun
  */
 enum { CUDA_STREAM_TOKENS = 24 };
 bool cuda_matmul_streams(void);
-/* Whether cuda_matmul takes the product with its `floats`: few tokens an item, columns of no more chunks than chains. */
+/* Whether cuda_matmul takes the product with its `floats`: no more chunks than chains, and tokens for which that is faster. */
 bool cuda_matmul_rounds(const struct cuda_matmul *arguments);
 
 /*

@@ -44,7 +44,7 @@ struct stream_parameters {
     const cuda_item *items; /* NULL: one, of all tokens in their order */
     const uint32_t *item_count, *order;
     uint32_t tokens, columns, chunks, x_stride, x_divisor, item_jobs;
-    uint32_t warps, groups; /* of a group; of a block */
+    uint32_t warps, groups;     /* of a group; of a block */
     uint32_t slots, token_rows; /* of a warp's ring; of the tokens' buffer */
     bool items_early;
 
@@ -106,12 +106,12 @@ struct job_place {
 template <int TYPE, bool WHOLE> struct feeder {
     stream_ring ring;
     job_place at;
-    uint32_t first, chunk;  /* first: of a job's chunks */
-    const uint8_t *matrix = NULL, *tile; /* of at.item's expert, once `item` is that */
-    uint32_t item, second;  /* second: from the first tile to the second */
+    uint32_t first, chunk;               /* first: of a job's chunks */
+    const uint8_t *matrix = NULL, *tile; /* matrix: of item `item` */
+    uint32_t item, second;               /* second: from the first tile to the second */
 
     __device__ __forceinline__ feeder(const stream_ring &ring, const job_place &at, uint32_t first)
-        : ring(ring), at(at), first(first), chunk(first), item(at.item - 1) {}
+        : ring(ring), at(at), first(first), chunk(first), item(at.item - 1) {} /* none yet */
 
     __device__ __forceinline__ void feed(const stream_parameters &p, int lane) {
         constexpr uint32_t chunk_bytes = launch_chunk_bytes(TYPE);

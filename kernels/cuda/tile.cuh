@@ -18,8 +18,8 @@
  *   Q4_K  [4][32 lanes] {g of group 2i, g + 8 of 2i, g of 2i + 1, g + 8 of 2i + 1}: word with pair n at bits 4 n, turned
  *         left by 2; [16 rows] {d, dmin, three words of scales s and minima m: byte t has s_t with the two high bits of m_t
  *         above it, the four low bits of m_t with those of m_(t + 4) above them, s_(t + 4) with the high bits of m_(t + 4)}
- *   Q5_K  as Q4_K, but words are not turned, then [32 lanes] four words of high bits, one for two groups: combination c of row and group (in the
- *         order above) and pair n at bit 4 c + n of each half; then the rows' scales as Q4_K
+ *   Q5_K  as Q4_K, but words are not turned, then [32 lanes] four words of high bits, one for two groups: combination c of
+ *         row and group (in the order above) and pair n at bit 4 c + n of each half; then the rows' scales as Q4_K
  *   Q6_K  [6][32 lanes] four words, three of them a group: row g's pairs 0 and 1 at bits 4 and 10 and the low four bits of
  *         its pair 2 at 0; so of g + 8; their pairs 3 at 4 and 10, and the high two bits of their pairs 2 at 0 and 2;
  *         [16 rows] 16 scales; [16 rows] d

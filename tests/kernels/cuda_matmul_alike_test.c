@@ -183,7 +183,7 @@ static void test_together(struct random *random, const struct problem *p, uint32
 /* Shapes that cuda_matmul has kernels of their own for, if the format is one of theirs. */
 static void test_choices(struct random *random, enum quant_type type) {
     const uint32_t block = quant_format(type)->block_weights == 256 ? 256 : 32;
-    for (int round = 0; round < 8; round++) { /* many items; in later rounds of few tokens and columns */
+    for (int round = 0; round < 8; round++) { /* many items; in later rounds of few columns, and rounded */
         const uint32_t columns = round < 4 ? 2048 : 1024;
         struct problem p = {.type = type, .epilogue = (enum cuda_epilogue)(round % 4)};
         p.columns = block * (1 + random_below(random, columns / block));
