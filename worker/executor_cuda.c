@@ -305,6 +305,7 @@ static int cuda_open(const struct model *model, const struct executor_options *o
         goto fail;
     lay_out_scratch(cuda, &arena);
     cuda->row_runs = cuda_row_runs(cuda);
+    cuda->few_rows = cuda_few_rows(cuda);
     if (plan_memory(cuda, options, arena.used, status) < 0 ||
         cuda_weights_upload(&cuda->weights, model, cuda->pool, status) < 0 || allocate(cuda, arena.used, status) < 0 ||
         cuda_graphs_capture(cuda, status) < 0)

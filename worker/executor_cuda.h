@@ -58,8 +58,9 @@ struct executor_cuda {
     struct cuda_heads heads;
     struct thread_pool *pool; /* fills staging buffers, samples where histories are too long for the device */
     cudaStream_t stream;
-    bool many_runs; /* cuda_matmul_many_runs() */
-    bool row_runs;  /* a step of one row has kernels of its own: cuda_row_matmul */
+    bool many_runs;    /* cuda_matmul_many_runs() */
+    bool row_runs;     /* a step of one row has kernels of its own: cuda_row_matmul */
+    uint32_t few_rows; /* in a step of 2 up to so many, it makes attention's products */
 
     unsigned char *kv; /* [layers][blocks] */
     size_t kv_layer_bytes;
@@ -118,6 +119,8 @@ int cuda_failed(struct status *status, cudaError_t error, const char *what);
 bool cuda_shape_splits(const struct executor_cuda *cuda, const struct cuda_shape *shape);
 /* Whether cuda_row_matmul and cuda_row_mix take all of the model's layers. */
 bool cuda_row_runs(const struct executor_cuda *cuda);
+/* The most rows of which cuda_row_matmul takes all layers' products of attention; 1: none, or of one row only. */
+uint32_t cuda_few_rows(const struct executor_cuda *cuda);
 /* Enqueues one forward pass over device.* . */
 cudaError_t cuda_forward(struct executor_cuda *cuda, const struct cuda_shape *shape);
 /* Captures the forward pass of a shape; graph->exec is to be destroyed. */

@@ -34,10 +34,21 @@ bool cuda_row_runs(const struct executor_cuda *cuda) {
         const struct cuda_layer *layer = &cuda->weights.layers[l];
         const struct cuda_matrix *qkv[] = {&layer->q, &layer->k, &layer->v};
         const struct cuda_matrix *output = &layer->output, *gate = &layer->gate;
-        runs = cuda_row_takes(qkv, 3, true, 0) && cuda_row_takes(&output, 1, false, 0) && !layer->up.tiles &&
-               cuda_row_takes(&gate, 1, false, used) && cuda_row_takes_mix(&layer->down, used);
+        runs = cuda_row_takes(qkv, 3, true, 0, 1) && cuda_row_takes(&output, 1, false, 0, 1) && !layer->up.tiles &&
+               cuda_row_takes(&gate, 1, false, used, 1) && cuda_row_takes_mix(&layer->down, used);
     }
     return runs;
+}
+
+uint32_t cuda_few_rows(const struct executor_cuda *cuda) {
+    uint32_t most = CUDA_ROW_TOKENS;
+    for (uint32_t l = 0; l < cuda->model->config.block_count; l++) {
+        const struct cuda_layer *layer = &cuda->weights.layers[l];
+        const struct cuda_matrix *qkv[] = {&layer->q, &layer->k, &layer->v}, *output = &layer->output;
+        while (most > 1 && !(cuda_row_takes(qkv, 3, false, 0, most) && cuda_row_takes(&output, 1, false, 0, most)))
+            most--;
+    }
+    return most;
 }
 
 static bool is_row(const struct executor_cuda *cuda, const struct cuda_shape *shape) {
@@ -86,7 +97,7 @@ static struct cuda_norm norm_of(struct executor_cuda *cuda, const struct cuda_sh
 static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape *shape, uint32_t l) {
     const struct model_config *config = &cuda->model->config;
     const struct cuda_layer *layer = &cuda->weights.layers[l];
-    const bool many = is_many(cuda, shape);
+    const bool many = is_many(cuda, shape), few = shape->rows > 1 && shape->rows <= cuda->few_rows;
     const struct cuda_activation x = activation(cuda->normed, many), attended = activation(cuda->mixed, many);
     const uint32_t dim = config->head_dim, q_width = config->head_count * dim, kv_width = config->head_count_kv * dim;
     const uint32_t width = q_width + 2 * kv_width, n = shape->rows;
@@ -125,6 +136,8 @@ static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape
     } else if (many) {
         for (int i = 0; i < 3 && error == cudaSuccess; i++)
             error = cuda_matmul_many(&qkv[i], cuda->stream);
+    } else if (few) {
+        error = cuda_row_matmul(qkv, 3, NULL, NULL, cuda->stream);
     } else {
         error = cuda_matmul_parts(qkv, 3, cuda->stream);
     }
@@ -135,10 +148,10 @@ static cudaError_t attention(struct executor_cuda *cuda, const struct cuda_shape
     }
     error = error ? error : cuda_attention(&a, cuda->stream);
     error = error ? error : cuda_mark(cuda, "attention");
-    error = error                 ? error
-            : many                ? cuda_matmul_many(&output, cuda->stream)
-            : is_row(cuda, shape) ? cuda_row_matmul(&output, 1, NULL, NULL, cuda->stream)
-                                  : cuda_matmul(&output, cuda->stream);
+    error = error                        ? error
+            : many                       ? cuda_matmul_many(&output, cuda->stream)
+            : is_row(cuda, shape) || few ? cuda_row_matmul(&output, 1, NULL, NULL, cuda->stream)
+                                          : cuda_matmul(&output, cuda->stream);
     return error ? error : cuda_mark(cuda, "output");
 }
 

@@ -245,17 +245,19 @@ cudaError_t cuda_route(const struct cuda_route *arguments, cudaStream_t stream);
 cudaError_t cuda_route_logits(const struct cuda_route *arguments, cudaStream_t stream);
 
 /*
- * The products of a step of one row, which do themselves what stands before and behind them: fewer kernels and less code,
- * with the bits of those above.
+ * The products of a step of one row, which do themselves what stands before and behind them, and dense ones of a few rows:
+ * fewer kernels and less code, with the bits of those above.
  *
  * cuda_row_matmul: `count` products of one x, as cuda_matmul_parts. With `norm` (no experts, no select), x is norm->x
  * normed, and norm->out is not written. With `route`, whose logits cuda_route_logits has made just before, it is one
  * product by expert: y row i is that of the expert of rank i; it lets its successor begin when these logits are there.
+ * With neither, x may have up to CUDA_ROW_TOKENS rows.
  * cuda_row_mix, behind that: makes route->chosen and weights, and x += sum over rank of weights[rank] *
  * W[chosen[rank]] hidden[rank], in rising rank.
  * The others say whether device and build have them for such matrices; used 0: not by expert.
  */
-bool cuda_row_takes(const struct cuda_matrix *const *parts, uint32_t count, bool normed, uint32_t used);
+enum { CUDA_ROW_TOKENS = 8 };
+bool cuda_row_takes(const struct cuda_matrix *const *parts, uint32_t count, bool normed, uint32_t used, uint32_t tokens);
 bool cuda_row_takes_mix(const struct cuda_matrix *w, uint32_t used);
 cudaError_t cuda_row_matmul(const struct cuda_matmul *parts, uint32_t count, const struct cuda_norm *norm,
                             const struct cuda_route *route, cudaStream_t stream);

@@ -1,5 +1,6 @@
 /*
- * The products of a step of one row, with what stands between them: see cuda_row_matmul in cuda.h.
+ * The products of a step of one row, with what stands between them, and dense products of a few: see cuda_row_matmul in
+ * cuda.h.
  *
  * In such a step most of the time goes to latency, and to fetching instructions. So weights are copied to shared memory
  * before the predecessor has ended, wherever it is known by then which, and expanded in a rolled loop; and the norm
@@ -22,28 +23,31 @@ constexpr uint32_t TILES_MOST = 6, TILE_THREADS = 32 * CUDA_CHAINS; /* a block's
 constexpr uint32_t COLUMNS_MOST = NORM_COLUMNS_MAX, ROUNDS_MOST = COLUMNS_MOST / CUDA_CHUNK / CUDA_CHAINS;
 constexpr uint32_t EXPANDED_BYTES = 2 * CUDA_TILE_ROWS * CUDA_CHUNK; /* of a chunk */
 constexpr uint32_t USED_MOST = 8, EXPERTS_A_LANE = 4;
+constexpr uint32_t SUMS_STRIDE = CUDA_ROW_TOKENS + 1;
 constexpr uint32_t MIX_WARPS = 12; /* registers suffice for these beside a block of the product before */
 /*
  * Of Hopper's shared memory: what a block can have, and of what two do not fit into a multiprocessor, for blocks that begin
  * early would crowd on those that happen to have room.
  */
 constexpr uint32_t SHARED_MOST = 227 << 10, SHARED_ALONE = 115 << 10;
+constexpr uint32_t SHARED_BESIDE = 190 << 10; /* leaves room for a block of attention's join */
 
 struct row_parameters {
     matmul_part parts[CUDA_PARTS];
     uint32_t tiles[CUDA_PARTS]; /* of a block of the part, at most blockDim.x / TILE_THREADS */
-    uint32_t part_count, chunks, chains, columns;
+    uint32_t part_count, chunks, chains, columns, rows;
     const half *x; /* rounded; or NULL: `floats` are to be normed */
     const float *x_scale, *floats, *norm;
     float epsilon;
-    uint32_t weights_at, tile_bytes, expanded_at; /* in shared memory; expanded_at 0: weights are expanded where used */
+    uint32_t x_bytes;                           /* of a row, in shared memory */
+    uint32_t weights_at, tile_bytes, expanded_at; /* there */
+    uint32_t expanded;                            /* chunks of a tile; others are expanded where they are used */
     const float *logits;                          /* by expert, or NULL */
     uint32_t experts, used, blocks; /* used: matrices, a rank's each, of so many blocks */
 };
 
 /* Behind it lie x, what is to be normed and the norm, and the weights. */
 struct alignas(128) row_memory {
-    float sums[TILES_MOST][CUDA_CHAINS][CUDA_TILE_ROWS];
     float squares[NORM_WARPS], greatest[TILES_MOST * CUDA_CHAINS]; /* greatest: of each warp */
     uint32_t chosen[USED_MOST];
     uint64_t weights_full[TILES_MOST][ROUNDS_MOST], x_full, norm_full; /* weights: a chunk of every chain each */
@@ -193,7 +197,7 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
     extern __shared__ __align__(128) unsigned char memory[];
     row_memory &shared = *reinterpret_cast<row_memory *>(memory);
     unsigned char *x = memory + sizeof shared;
-    float4 *values = (float4 *)(x + 2 * CUDA_CHUNK * p.chunks);
+    float4 *values = (float4 *)(x + p.x_bytes); /* of one row */
     const uint32_t lane = threadIdx.x % 32, chain = threadIdx.x / 32 % CUDA_CHAINS, own = threadIdx.x / TILE_THREADS;
     const uint32_t rank = blockIdx.x / p.blocks, block = blockIdx.x % p.blocks;
     uint32_t part = 0;
@@ -207,7 +211,7 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
     const uint32_t rounds = (p.chunks + CUDA_CHAINS - 1) / CUDA_CHAINS; /* of copies: a chunk of every chain each */
     const uint32_t own_rounds = has_tile && chain < p.chunks ? (p.chunks - chain + CUDA_CHAINS - 1) / CUDA_CHAINS : 0;
     unsigned char *const weights = memory + p.weights_at + own * p.tile_bytes;
-    uint4 *const expanded = (uint4 *)(memory + p.expanded_at + EXPANDED_BYTES * p.chunks * own);
+    uint4 *const expanded = (uint4 *)(memory + p.expanded_at + EXPANDED_BYTES * p.expanded * own);
     if (threadIdx.x == 0) {
         barrier_create(&shared.x_full, 1);
         barrier_create(&shared.norm_full, 1);
@@ -244,45 +248,50 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
                   &shared.weights_full[own][i]);
         }
     }
-    if (p.expanded_at)
 #pragma unroll 1
-        for (uint32_t i = 0; i < own_rounds; i++) {
-            const uint32_t chunk = CUDA_CHAINS * i + chain;
-            barrier_wait(&shared.weights_full[own][i], 0);
-            uint4 *to = expanded + EXPANDED_BYTES / 16 * chunk;
-            if (is_other)
-                expand_chunk<OTHER>(weights + chunk * chunk_bytes, w.scale, lane, to);
-            else
-                expand_chunk<TYPE>(weights + chunk * chunk_bytes, w.scale, lane, to);
-        }
+    for (uint32_t i = 0; i < own_rounds && CUDA_CHAINS * i + chain < p.expanded; i++) {
+        const uint32_t chunk = CUDA_CHAINS * i + chain;
+        barrier_wait(&shared.weights_full[own][i], 0);
+        uint4 *to = expanded + EXPANDED_BYTES / 16 * chunk;
+        if (is_other)
+            expand_chunk<OTHER>(weights + chunk * chunk_bytes, w.scale, lane, to);
+        else
+            expand_chunk<TYPE>(weights + chunk * chunk_bytes, w.scale, lane, to);
+    }
     if (!p.logits) {
+        if (threadIdx.x == 0 && p.x)
+            barrier_expect(&shared.x_full, 2 * CUDA_CHUNK * p.chunks * p.rows);
         if (threadIdx.x == 0 && !p.x)
             fetch(values + p.columns / 4, p.norm, 4 * p.columns, &shared.norm_full);
         wait_for_predecessor();
-        if (threadIdx.x == 0 && p.x)
-            fetch(x, p.x, 2 * CUDA_CHUNK * p.chunks, &shared.x_full);
+        if (lane == 0 && p.x)
+            for (uint32_t i = threadIdx.x / 32; i < p.rows; i += blockDim.x / 32)
+                barrier_copy(x + i * p.x_bytes, p.x + (uint64_t)i * CUDA_CHUNK * p.chunks, 2 * CUDA_CHUNK * p.chunks,
+                             &shared.x_full);
         if (threadIdx.x == 0 && !p.x)
             fetch(values, p.floats, 4 * p.columns, &shared.x_full);
     }
-    /* What the thread will write, and what was there before. */
+    /* What the thread will write, of its own tile, and what was there before. */
     const bool swiglu = w.epilogue == CUDA_SWIGLU;
-    const uint32_t tile_shift = swiglu ? 3 : 4, out_row = (first_tile << tile_shift) + threadIdx.x;
-    const bool writes = threadIdx.x >> tile_shift < tiles && out_row < w.rows;
-    float *y = w.y + rank * w.y_stride + out_row;
+    const uint32_t tile_shift = swiglu ? 3 : 4, row = threadIdx.x & ((1u << tile_shift) - 1);
+    const uint32_t token = threadIdx.x % TILE_THREADS >> tile_shift, out_row = (tile << tile_shift) + row;
+    const bool writes = has_tile && token < p.rows && out_row < w.rows;
+    float *y = w.y + (uint64_t)(rank + token) * w.y_stride + out_row;
     const float before = writes && w.epilogue == CUDA_ADD ? *y : 0.0f;
     float scale;
     if (p.x) {
-        scale = *p.x_scale;
+        scale = p.x_scale[min(token, p.rows - 1)];
         barrier_wait(&shared.x_full, 0);
     } else {
         scale = norm_row(p, values, (uint2 *)x, shared);
     }
     float sums[4] = {};
+    const unsigned char *own_x = x + min(lane / 4, p.rows - 1) * p.x_bytes; /* behind the last row it is repeated */
 #pragma unroll 1
     for (uint32_t i = 0; i < own_rounds; i++) {
         const uint32_t chunk = CUDA_CHAINS * i + chain;
-        const unsigned char *x_chunk = x + 2 * CUDA_CHUNK * chunk;
-        if (p.expanded_at) {
+        const unsigned char *x_chunk = own_x + 2 * CUDA_CHUNK * chunk;
+        if (chunk < p.expanded) {
             multiply_expanded(expanded + EXPANDED_BYTES / 16 * chunk, x_chunk, lane, sums);
             continue;
         }
@@ -292,20 +301,22 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
         else
             multiply_chunk<TYPE>(weights + chunk * chunk_bytes, x_chunk, w.scale, lane, sums);
     }
-    if (lane % 4 == 0) {
-        float *out = shared.sums[own][chain] + lane / 4;
+    /* Where the warp's first chunk of weights was. */
+    const auto chain_sums = [&](uint32_t chain) { return (float *)(weights + chain * chunk_bytes); };
+    if (own_rounds > 0) {
+        float *out = chain_sums(chain) + lane / 4 * SUMS_STRIDE + 2 * (lane & 3);
         out[0] = sums[0];
-        out[8] = sums[2];
+        out[1] = sums[1];
+        out[8 * SUMS_STRIDE] = sums[2];
+        out[8 * SUMS_STRIDE + 1] = sums[3];
     }
     __syncthreads();
     if (!writes)
         return;
-    const float(*in)[CUDA_TILE_ROWS] = shared.sums[threadIdx.x >> tile_shift];
     const float factor = scale * w.inverse_scale;
     const auto sum = [&](uint32_t row) {
-        return matmul_join(p.chains, [&](int chain) { return in[chain][row]; }) * factor;
+        return matmul_join(p.chains, [&](int chain) { return chain_sums(chain)[row * SUMS_STRIDE + token]; }) * factor;
     };
-    const uint32_t row = threadIdx.x & ((1u << tile_shift) - 1);
     if (swiglu)
         *y = silu(sum(row)) * sum(row + CUDA_TILE_ROWS / 2);
     else
@@ -431,10 +442,10 @@ uint32_t chunks_of(const struct cuda_matrix *w) {
 
 /* How a launch of row_kernel is cut, and what of shared memory is where; shared 0: it cannot be. */
 struct row_plan {
-    uint32_t tiles, weights_at, tile_bytes, expanded_at, shared; /* tiles: of a block */
+    uint32_t tiles, x_bytes, weights_at, tile_bytes, expanded_at, expanded, shared; /* tiles: of a block */
 };
 
-row_plan plan_row(const struct cuda_matrix *const *parts, uint32_t count, bool normed, uint32_t used) {
+row_plan plan_row(const struct cuda_matrix *const *parts, uint32_t count, bool normed, uint32_t used, uint32_t rows) {
     const uint32_t chunks = chunks_of(parts[0]), processors = std::max(launch_processors(), 1u);
     row_plan plan = {};
     uint32_t tiles = 0;
@@ -442,16 +453,22 @@ row_plan plan_row(const struct cuda_matrix *const *parts, uint32_t count, bool n
         tiles += (parts[i]->rows + CUDA_TILE_ROWS - 1) / CUDA_TILE_ROWS * std::max(used, 1u);
         plan.tile_bytes = std::max(plan.tile_bytes, chunks * (uint32_t)launch_chunk_bytes(parts[i]->type));
     }
-    plan.weights_at = sizeof(row_memory) + 2 * CUDA_CHUNK * chunks + (normed ? 8 * parts[0]->columns : 0);
+    /* Between rows 64 more: what eight lanes read of two of them lies in different banks. */
+    plan.x_bytes = 2 * CUDA_CHUNK * chunks + (rows > 1 ? 64 : 0);
+    plan.weights_at = sizeof(row_memory) + rows * plan.x_bytes + (normed ? 8 * parts[0]->columns : 0);
     plan.weights_at = (plan.weights_at + 127) / 128 * 128;
     plan.tiles = std::min((tiles + processors - 1) / processors, TILES_MOST);
     while (plan.tiles > 1 && plan.weights_at + plan.tiles * plan.tile_bytes > SHARED_MOST)
         plan.tiles--;
     uint32_t end = plan.weights_at + plan.tiles * plan.tile_bytes;
-    if (used == 0 && (end + 127) / 128 * 128 + plan.tiles * chunks * EXPANDED_BYTES <= SHARED_MOST) {
-        plan.expanded_at = (end + 127) / 128 * 128;
-        end = plan.expanded_at + plan.tiles * chunks * EXPANDED_BYTES;
-    }
+    plan.expanded_at = (end + 127) / 128 * 128;
+    const uint32_t most = rows > 1 ? SHARED_BESIDE : SHARED_MOST, chunk_bytes = plan.tiles * EXPANDED_BYTES;
+    if (used == 0 && plan.expanded_at < most)
+        plan.expanded = std::min(chunks, (most - plan.expanded_at) / chunk_bytes);
+    if (plan.expanded < chunks) /* of one row all or none: better is room beside the predecessor */
+        plan.expanded = rows > 1 ? plan.expanded / CUDA_CHAINS * CUDA_CHAINS : 0;
+    if (plan.expanded > 0)
+        end = plan.expanded_at + plan.expanded * chunk_bytes;
     plan.shared = end <= SHARED_MOST ? std::max(end, SHARED_ALONE) : 0;
     return plan;
 }
@@ -462,13 +479,14 @@ uint32_t expert_bytes_of(const struct cuda_matrix *down) {
 
 } // namespace
 
-bool cuda_row_takes(const struct cuda_matrix *const *parts, uint32_t count, bool normed, uint32_t used) {
-    bool takes = matmul_is_quantized(parts[0]->type) && parts[0]->columns <= COLUMNS_MOST && count <= CUDA_PARTS &&
+bool cuda_row_takes(const struct cuda_matrix *const *parts, uint32_t count, bool normed, uint32_t used, uint32_t tokens) {
+    bool takes = tokens >= 1 && tokens <= CUDA_ROW_TOKENS && (tokens == 1 || (!normed && used == 0)) &&
+                 matmul_is_quantized(parts[0]->type) && parts[0]->columns <= COLUMNS_MOST && count <= CUDA_PARTS &&
                  used <= USED_MOST && launch_is_hopper(row_kernel<QUANT_Q4_K, QUANT_Q4_K>);
     for (uint32_t i = 1; i < count; i++)
         takes = takes && (parts[i]->type == parts[0]->type ||
                           (parts[i]->type == QUANT_Q6_K && parts[0]->type != QUANT_Q8_0));
-    return takes && plan_row(parts, count, normed, used).shared > 0;
+    return takes && plan_row(parts, count, normed, used, tokens).shared > 0;
 }
 
 bool cuda_row_takes_mix(const struct cuda_matrix *down, uint32_t used) {
@@ -484,8 +502,9 @@ cudaError_t cuda_row_matmul(const struct cuda_matmul *m, uint32_t count, const s
         parts[i] = m[i].w;
         other = m[i].w->type != m->w->type ? m[i].w->type : other;
     }
-    const row_plan plan = plan_row(parts, count, norm, route ? route->used : 0);
-    if (plan.shared == 0)
+    const uint32_t rows = route ? 1 : m->tokens;
+    const row_plan plan = plan_row(parts, count, norm, route ? route->used : 0, rows);
+    if (plan.shared == 0 || rows == 0 || rows > CUDA_ROW_TOKENS || (rows > 1 && norm))
         return cudaErrorInvalidValue;
     row_parameters p = {};
     uint32_t blocks = 0;
@@ -512,7 +531,10 @@ cudaError_t cuda_row_matmul(const struct cuda_matmul *m, uint32_t count, const s
     p.columns = m->w->columns;
     p.weights_at = plan.weights_at;
     p.tile_bytes = plan.tile_bytes;
+    p.x_bytes = plan.x_bytes;
+    p.rows = rows;
     p.expanded_at = plan.expanded_at;
+    p.expanded = plan.expanded;
     if (norm) {
         p.floats = norm->x;
         p.norm = norm->norm;

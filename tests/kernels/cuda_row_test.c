@@ -40,14 +40,15 @@ static void weights_free(struct weights *w) {
     free(w->pairs);
 }
 
-/* A row, as f16 or still to be normed, by up to three matrices of which all but the first have format `other`. */
+/* A row still to be normed, or some as f16, by up to three matrices of which all but the first have format `other`. */
 static void test_dense(struct random *random, enum quant_type type, enum quant_type other, bool normed) {
     struct buffers buffers = {0};
     struct weights w[CUDA_PARTS];
     const uint32_t count = 1 + random_below(random, CUDA_PARTS);
     const bool super_blocks = quant_format(type)->block_weights == 256 || quant_format(other)->block_weights == 256;
     const uint32_t block = super_blocks ? 256 : 32;
-    struct problem p = {.experts = 1, .tokens = 1, .epilogue = random_below(random, 2) ? CUDA_ADD : CUDA_STORE};
+    const uint32_t tokens = normed ? 1 : 1 + random_below(random, CUDA_ROW_TOKENS);
+    struct problem p = {.experts = 1, .tokens = tokens, .epilogue = random_below(random, 2) ? CUDA_ADD : CUDA_STORE};
     p.columns = block * (1 + random_below(random, 5000 / block));
     size_t rows = 0;
     for (uint32_t i = 0; i < count; i++) {
@@ -57,18 +58,20 @@ static void test_dense(struct random *random, enum quant_type type, enum quant_t
         weights_make(random, &p, &w[i]);
     }
     const uint32_t padded = (p.columns + CUDA_CHUNK - 1) / CUDA_CHUNK * CUDA_CHUNK;
-    float *x = random_floats(random, p.columns, 3), *norm = random_floats(random, p.columns, 2);
-    float *want = random_floats(random, rows, 10), *got = calloc(rows, sizeof *got);
+    float *x = random_floats(random, tokens * p.columns, 3), *norm = random_floats(random, p.columns, 2);
+    const size_t results = tokens * rows;
+    float *want = random_floats(random, results, 10), *got = calloc(results, sizeof *got);
     if (random_below(random, 8) == 0)
-        x[random_below(random, p.columns)] = NAN;
-    struct cuda_norm n = {.x = buffer(&buffers, x, p.columns * sizeof *x),
+        x[random_below(random, tokens * p.columns)] = NAN;
+    struct cuda_norm n = {.x = buffer(&buffers, x, tokens * p.columns * sizeof *x),
                           .columns = p.columns,
-                          .rows = 1,
+                          .rows = tokens,
                           .norm = buffer(&buffers, norm, p.columns * sizeof *norm),
                           .epsilon = 1e-6f,
-                          .out = {buffer(&buffers, NULL, padded * 2), buffer(&buffers, NULL, sizeof(float)), false}};
-    float *device_want = buffer(&buffers, want, rows * sizeof *want);
-    float *device_got = buffer(&buffers, want, rows * sizeof *want);
+                          .out = {buffer(&buffers, NULL, tokens * padded * 2),
+                                  buffer(&buffers, NULL, tokens * sizeof(float)), false}};
+    float *device_want = buffer(&buffers, want, results * sizeof *want);
+    float *device_got = buffer(&buffers, want, results * sizeof *want);
     struct cuda_matmul a[CUDA_PARTS], b[CUDA_PARTS];
     size_t at = 0;
     for (uint32_t i = 0; i < count; i++) {
@@ -77,7 +80,7 @@ static void test_dense(struct random *random, enum quant_type type, enum quant_t
                                     .x_scale = n.out.scale,
                                     .y = device_want + at,
                                     .y_stride = (uint32_t)rows,
-                                    .tokens = 1,
+                                    .tokens = tokens,
                                     .epilogue = p.epilogue};
         b[i] = a[i];
         b[i].y = device_got + at;
@@ -91,11 +94,11 @@ static void test_dense(struct random *random, enum quant_type type, enum quant_t
         n.out = (struct cuda_activation){0};
     }
     CUDA_CHECK(cuda_row_matmul(b, count, normed ? &n : NULL, NULL, 0));
-    cuda_test_fetch(want, device_want, rows * sizeof *want);
-    cuda_test_fetch(got, device_got, rows * sizeof *got);
-    const size_t differ = differing(want, got, rows);
-    tap_ok(differ == 0, "%s: %u of %s, %s, %u columns, %zu rows, %s: %zu differ", normed ? "norm" : "row", count,
-           quant_format(type)->name, quant_format(other)->name, p.columns, rows,
+    cuda_test_fetch(want, device_want, results * sizeof *want);
+    cuda_test_fetch(got, device_got, results * sizeof *got);
+    const size_t differ = differing(want, got, results);
+    tap_ok(differ == 0, "%s: %u by %u of %s, %s, %u columns, %zu rows, %s: %zu differ", normed ? "norm" : "rows",
+           tokens, count, quant_format(type)->name, quant_format(other)->name, p.columns, rows,
            p.epilogue == CUDA_ADD ? "add" : "store", differ);
     for (uint32_t i = 0; i < count; i++)
         weights_free(&w[i]);
