@@ -2,27 +2,29 @@
  * y = W x over quantized tiles, dense or by expert: see cuda_matmul in cuda.h for shapes and the order of sums.
  *
  * A block has ROW_TILES tiles of 16 rows, a warp one chain of one of them after another, so that it can fetch the next
- * chunk of weights while it works on one, and finds activations in the L1 cache. It expands a group of weights to f16
- * operands once and multiplies it with up to 8 * N_TILES tokens. Weights are fetched before the predecessor has ended
- * wherever it is known by then which.
+ * chunk of weights while it works on one, and finds activations in the L1 cache, or in shared memory those that the block
+ * has rounded. It expands a group of weights to f16 operands once and multiplies it with up to 8 * N_TILES tokens. Weights
+ * are fetched before the predecessor has ended wherever it is known by then which.
  */
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.cuh"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/norm.cuh"
 #include "kernels/cuda/tile.cuh"
 
 namespace {
 
 constexpr int WARPS = CUDA_CHAINS, CHUNK_GROUPS = CUDA_CHUNK / 32;
+constexpr uint32_t ROUND_TOKENS = 8;     /* of an item that the block may have to round */
 constexpr uint32_t BLOCKS_AT_A_TIME = 4; /* of a multiprocessor, at least, that have few tokens */
 
 struct parameters {
     matmul_part parts[CUDA_PARTS];
-    const half *x;
-    const float *x_scale;
+    const half *x; /* and x_scale, or floats */
+    const float *x_scale, *floats;
     const cuda_item *items;
     const uint32_t *item_count, *order;
-    uint32_t part_count, chunks, x_stride, x_divisor, tokens;
+    uint32_t part_count, columns, chunks, x_stride, x_divisor, tokens;
     bool items_early;
 };
 
@@ -87,7 +89,13 @@ template <int N_TILES> struct operands {
     }
 };
 
-template <int TYPE, int N_TILES, int ROW_TILES>
+/* Halves of a row in shared memory, with 64 bytes between: what eight lanes read of two rows lies in different banks. */
+__host__ __device__ constexpr uint32_t rounded_stride(uint32_t x_stride) {
+    return x_stride + 32;
+}
+
+/* ROUNDS: rows are `floats`, which the block rounds to shared memory. */
+template <int TYPE, bool ROUNDS, int N_TILES, int ROW_TILES>
 __device__ __forceinline__ void multiply(const parameters &p, const matmul_part &w, uint32_t block,
                                          exchange<N_TILES, ROW_TILES> &shared) {
     constexpr int TOKENS = 8 * N_TILES, STAGE = operands<N_TILES>::STAGE, STAGES = CHUNK_GROUPS / STAGE;
@@ -108,8 +116,10 @@ __device__ __forceinline__ void multiply(const parameters &p, const matmul_part 
     token_map map = {p.order, blockIdx.y * TOKENS, p.x_divisor};
     uint32_t count = p.tokens > map.first ? min(p.tokens - map.first, (uint32_t)TOKENS) : 0;
     if (p.items) {
-        const cuda_item item = p.items[blockIdx.y];
-        if (blockIdx.y >= *p.item_count)
+        /* From L2 if the kernel that followed the items' maker may not have ended. */
+        const auto read = [](const uint32_t *from) { return ROUNDS ? __ldcg(from) : *from; };
+        const cuda_item *own = p.items + blockIdx.y, item = {read(&own->expert), read(&own->first), read(&own->count)};
+        if (blockIdx.y >= read(p.item_count))
             return;
         tiles += item.expert * w.expert_bytes;
         map.first = item.first;
@@ -127,13 +137,30 @@ __device__ __forceinline__ void multiply(const parameters &p, const matmul_part 
             prefetch(chunk_at(a), chunk_bytes, lane);
         wait_for_predecessor();
     }
-    const half *x[N_TILES];
+    const half *x[N_TILES]; /* columns behind the last token repeat it, and nobody reads what comes of them */
+    if constexpr (ROUNDS) {
+        extern __shared__ __align__(16) half halves[];
+        for (uint32_t j = threadIdx.x / 32; j < count; j += WARPS) {
+            const float4 *row = (const float4 *)(p.floats + (uint64_t)map.x_row(j) * p.columns);
+            const float scale =
+                round_few(row, p.columns / 4, p.chunks, (uint2 *)(halves + j * rounded_stride(p.x_stride)), lane);
+            if (lane == 0) {
+                shared.y_row[j] = map.y_row(j);
+                shared.x_scale[j] = scale * w.inverse_scale;
+            }
+        }
+        __syncthreads();
 #pragma unroll
-    for (int n = 0; n < N_TILES; n++) /* columns behind the last token repeat it, and nobody reads what comes of them */
-        x[n] = p.x + (uint64_t)map.x_row(min(8 * n + lane / 4, count - 1)) * p.x_stride + 8 * (lane & 3);
-    if (threadIdx.x < count) {
-        shared.y_row[threadIdx.x] = map.y_row(threadIdx.x);
-        shared.x_scale[threadIdx.x] = p.x_scale[map.x_row(threadIdx.x)] * w.inverse_scale;
+        for (int n = 0; n < N_TILES; n++)
+            x[n] = halves + min(8 * n + lane / 4, count - 1) * rounded_stride(p.x_stride) + 8 * (lane & 3);
+    } else {
+#pragma unroll
+        for (int n = 0; n < N_TILES; n++)
+            x[n] = p.x + (uint64_t)map.x_row(min(8 * n + lane / 4, count - 1)) * p.x_stride + 8 * (lane & 3);
+        if (threadIdx.x < count) {
+            shared.y_row[threadIdx.x] = map.y_row(threadIdx.x);
+            shared.x_scale[threadIdx.x] = p.x_scale[map.x_row(threadIdx.x)] * w.inverse_scale;
+        }
     }
 
     float sums[N_TILES][4] = {};
@@ -205,7 +232,7 @@ constexpr int least_blocks(int type, int n_tiles) {
 }
 
 /* A part has the format TYPE or OTHER. */
-template <int TYPE, int OTHER, int N_TILES, int ROW_TILES>
+template <int TYPE, int OTHER, bool ROUNDS, int N_TILES, int ROW_TILES>
 __global__ void __launch_bounds__(WARPS * 32, least_blocks(TYPE, N_TILES))
     matmul_kernel(const __grid_constant__ parameters p) {
     __shared__ exchange<N_TILES, ROW_TILES> shared;
@@ -215,9 +242,9 @@ __global__ void __launch_bounds__(WARPS * 32, least_blocks(TYPE, N_TILES))
     const matmul_part &w = p.parts[i];
     const uint32_t block = blockIdx.x - w.first_block;
     if (TYPE == OTHER || w.type == TYPE)
-        multiply<TYPE>(p, w, block, shared);
+        multiply<TYPE, ROUNDS>(p, w, block, shared);
     else
-        multiply<OTHER>(p, w, block, shared);
+        multiply<OTHER, ROUNDS>(p, w, block, shared);
 }
 
 template <int TYPE, int OTHER, int N_TILES, int ROW_TILES>
@@ -227,8 +254,12 @@ cudaError_t launch_tiles(parameters &p, uint32_t groups, cudaStream_t stream) {
         p.parts[i].first_block = blocks;
         blocks += (p.parts[i].row_tiles + ROW_TILES - 1) / ROW_TILES;
     }
-    return launch(matmul_kernel<TYPE, OTHER, N_TILES, ROW_TILES>, dim3(blocks, groups),
-                  dim3(WARPS * 32), 0, stream, p);
+    if constexpr (N_TILES == 1 && TYPE == OTHER && matmul_is_quantized(TYPE))
+        if (p.floats)
+            return launch(matmul_kernel<TYPE, OTHER, true, N_TILES, ROW_TILES>, dim3(blocks, groups), dim3(WARPS * 32),
+                          p.tokens * rounded_stride(p.x_stride) * sizeof(half), stream, p);
+    return launch(matmul_kernel<TYPE, OTHER, false, N_TILES, ROW_TILES>, dim3(blocks, groups), dim3(WARPS * 32), 0, stream,
+                  p);
 }
 
 /*
@@ -271,6 +302,8 @@ parameters parameters_of(const struct cuda_matmul *m, uint32_t count) {
         p.parts[i] = matmul_part_of(m + i);
     p.x = (const half *)m->x;
     p.x_scale = m->x_scale;
+    p.floats = m->floats;
+    p.columns = m->w->columns;
     p.items = m->items;
     p.item_count = m->item_count;
     p.order = m->order;
@@ -298,10 +331,15 @@ cudaError_t launch_type(parameters &p, const struct cuda_matmul *m, cudaStream_t
 
 } // namespace
 
+bool cuda_matmul_rounds(const struct cuda_matmul *m) {
+    return m->floats && m->items && matmul_is_quantized(m->w->type) && m->w->columns <= ROUND_FEW_COLUMNS &&
+           (m->tokens <= ROUND_TOKENS || matmul_stream_takes(m));
+}
+
 cudaError_t cuda_matmul(const struct cuda_matmul *m, cudaStream_t stream) {
     if (matmul_stream_takes(m))
         return matmul_stream(m, stream);
-    if (m->floats)
+    if (m->floats && !cuda_matmul_rounds(m))
         return cudaErrorInvalidValue;
     if (matmul_cluster_takes(m, 1))
         return matmul_cluster(m, 1, stream);

@@ -29,7 +29,7 @@ struct matmul_part {
 };
 
 /* Whether kernels that copy chunks to shared memory take the format. */
-static inline bool matmul_is_quantized(enum quant_type type) {
+static constexpr bool matmul_is_quantized(int type) {
     return type == QUANT_Q4_K || type == QUANT_Q5_K || type == QUANT_Q6_K || type == QUANT_Q8_0;
 }
 

@@ -279,25 +279,6 @@ __device__ __forceinline__ bool warp_done(shared_place barrier, uint32_t parity)
     return __all_sync(0xffffffffu, barrier_done(barrier, parity));
 }
 
-/* f16 of a row of up to CUDA_CHAINS chunks, by a warp; returns its scale. The same as cuda_round's. */
-__device__ __forceinline__ float round_row(const float4 *values, uint32_t fours, uint32_t chunks, uint2 *to, int lane) {
-    constexpr int OWN = CUDA_CHAINS * CUDA_CHUNK / 4 / 32;
-    float4 value[OWN];
-    float greatest = 0, shrink;
-#pragma unroll
-    for (int k = 0; k < OWN; k++)
-        value[k] = lane + 32 * k < fours ? values[lane + 32 * k] : make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int k = 0; k < OWN; k++)
-        greatest = greater(greatest, greatest_of(value[k]));
-    const float scale = rounding_scale(warp_greatest(greatest), shrink);
-#pragma unroll
-    for (int k = 0; k < OWN; k++)
-        if (lane + 32 * k < CUDA_CHUNK / 4 * chunks)
-            to[lane + 32 * k] = rounded(value[k], shrink);
-    return scale;
-}
-
 /* Brings the run's items' tokens: the first warp has them copied, or each warp rounds some. */
 template <bool ROUNDS> struct token_copier {
     uint32_t first_item, count, next, oldest, base, used;
@@ -354,7 +335,7 @@ template <bool ROUNDS> struct token_copier {
             const uint32_t y = p.assignment<true>(item.first + j), at = base + j;
             const uint32_t row = at < p.token_rows ? at : at - p.token_rows;
             const float4 *values = (const float4 *)(p.floats + (uint64_t)(y / p.x_divisor) * p.columns);
-            const float scale = round_row(values, p.columns / 4, p.chunks,
+            const float scale = round_few(values, p.columns / 4, p.chunks,
                                           (uint2 *)(tokens + row * token_bytes(p.x_stride)), lane);
             if (lane == 0) {
                 map.y_row[j] = y;
@@ -494,10 +475,6 @@ uint32_t jobs_most(const struct cuda_matmul *m, bool whole) {
 
 bool cuda_matmul_streams(void) {
     return launch_is_hopper(stream_kernel<QUANT_Q4_K, false>);
-}
-
-bool cuda_matmul_rounds(const struct cuda_matmul *m) {
-    return m->floats && matmul_stream_takes(m);
 }
 
 bool matmul_stream_takes(const struct cuda_matmul *m) {

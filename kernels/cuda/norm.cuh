@@ -96,6 +96,27 @@ static __device__ __forceinline__ void store_rounded(const cuda_activation &out,
     row[i] = out.interleaved ? interleaved(four) : four;
 }
 
+/* cuda_round of a row of up to ROUND_FEW_COLUMNS, by a warp, which has `chunks` of it written; returns the scale. */
+enum { ROUND_FEW_COLUMNS = 1024 };
+static __device__ __forceinline__ float round_few(const float4 *values, uint32_t fours, uint32_t chunks, uint2 *to,
+                                                  uint32_t lane) {
+    constexpr int OWN = ROUND_FEW_COLUMNS / 4 / 32;
+    float4 value[OWN];
+    float greatest = 0, shrink;
+#pragma unroll
+    for (int k = 0; k < OWN; k++)
+        value[k] = lane + 32 * k < fours ? values[lane + 32 * k] : make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int k = 0; k < OWN; k++)
+        greatest = greater(greatest, greatest_of(value[k]));
+    const float scale = rounding_scale(warp_greatest(greatest), shrink);
+#pragma unroll
+    for (int k = 0; k < OWN; k++)
+        if (lane + 32 * k < CUDA_CHUNK / 4 * chunks)
+            to[lane + 32 * k] = rounded(value[k], shrink);
+    return scale;
+}
+
 static __host__ __device__ __forceinline__ uint32_t padded_columns(uint32_t columns) {
     return (columns + CUDA_CHUNK - 1) / CUDA_CHUNK * CUDA_CHUNK;
 }
