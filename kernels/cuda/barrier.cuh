@@ -55,6 +55,11 @@ static __device__ __forceinline__ void barrier_expect(shared_place barrier, uint
                  : "memory");
 }
 
+/* Lets the phase end only when `bytes` more have been copied; who calls it arrives later. */
+static __device__ __forceinline__ void barrier_expect_more(shared_place barrier, uint32_t bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier.address), "r"(bytes) : "memory");
+}
+
 static __device__ __forceinline__ void barrier_wait(shared_place barrier, uint32_t parity) {
     asm volatile("{\n"
                  ".reg .pred done;\n"

@@ -11,48 +11,36 @@ static __device__ __forceinline__ uint32_t item_job_cost(uint32_t count) {
     return 3 + (count + 7) / 8;
 }
 
-/* Of 32 items, one a lane: its cost, and those up to it with `before`. */
-struct item_costs {
-    uint32_t own, through;
-
-    template <class TOKENS>
-    __device__ __forceinline__ item_costs(TOKENS tokens, uint32_t count, uint32_t item, uint32_t before, int lane) {
-        own = item < count ? item_job_cost(tokens(item)) : 0;
-        through = warp_scan(own, lane) + before;
-    }
-    __device__ __forceinline__ uint32_t last() const {
-        return __shfl_sync(0xffffffffu, through, 31);
-    }
-};
-
 /*
  * Deals the jobs of `count` items, `jobs` of each, to the blocks of a grid in runs that cost the same, to within a job:
- * this block's are begin .. end. tokens(i): those of item i. The whole warp calls it.
+ * this block's are begin .. end. Costs of all jobs together are less than 2^32. The whole warp calls it.
  */
-template <class TOKENS>
-static __device__ __forceinline__ void item_run(TOKENS tokens, uint32_t count, uint32_t jobs, int lane,
+static __device__ __forceinline__ void item_run(const cuda_item *items, uint32_t count, uint32_t jobs, int lane,
                                                 uint32_t &begin, uint32_t &end) {
-    uint32_t total = 0;
-    for (uint32_t first = 0; first < count; first += 32)
-        total = item_costs(tokens, count, first + lane, total, lane).last();
-    const uint64_t from = (uint64_t)total * jobs * blockIdx.x / gridDim.x,
-                   to = (uint64_t)total * jobs * (blockIdx.x + 1) / gridDim.x;
-    begin = end = count * jobs;
-    uint32_t before = 0;
-    for (uint32_t first = 0; first < count; first += 32) {
-        const item_costs costs(tokens, count, first + lane, before, lane);
-        const uint64_t least = (uint64_t)(costs.through - costs.own) * jobs,
-                       limit = (uint64_t)costs.through * jobs;
-        const auto job_at = [&](uint64_t cost, uint32_t otherwise) {
-            const bool here = least <= cost && cost < limit;
-            const uint32_t found = __ballot_sync(0xffffffffu, here);
-            const uint32_t job = here ? (first + lane) * jobs + (uint32_t)(cost - least) / costs.own : otherwise;
-            return found ? __shfl_sync(0xffffffffu, job, __ffs(found) - 1) : otherwise;
-        };
-        begin = job_at(from, begin);
-        end = job_at(to, end);
-        before = costs.last();
-    }
+    const uint32_t own = (count + 31) / 32, first = lane * own; /* a lane's items lie together */
+    uint32_t cost = 0;
+#pragma unroll 4
+    for (uint32_t i = first; i < first + own; i++)
+        cost += i < count ? item_job_cost(items[i].count) : 0;
+    const uint32_t through = warp_scan(cost, lane) * jobs, before = through - cost * jobs;
+    const uint32_t all = __shfl_sync(0xffffffffu, through, 31), each = all / gridDim.x, more = all % gridDim.x;
+    const auto job_at = [&](uint32_t place) {
+        const bool here = before <= place && place < through;
+        uint32_t job = 0;
+        if (here) {
+            uint32_t i = first, left = place - before, job_cost;
+            while (job_cost = item_job_cost(items[i].count), left >= job_cost * jobs) {
+                left -= job_cost * jobs;
+                i++;
+            }
+            job = i * jobs + left / job_cost;
+        }
+        const uint32_t found = __ballot_sync(0xffffffffu, here);
+        return found ? __shfl_sync(0xffffffffu, job, __ffs(found) - 1) : count * jobs;
+    };
+    const uint32_t from = each * blockIdx.x + min(blockIdx.x, more); /* the first blocks have one more */
+    begin = job_at(from);
+    end = job_at(from + each + (blockIdx.x < more));
 }
 
 #endif

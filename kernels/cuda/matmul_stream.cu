@@ -43,9 +43,10 @@ struct stream_parameters {
     const float *x_scale, *floats;
     const cuda_item *items; /* NULL: one, of all tokens in their order */
     const uint32_t *item_count, *order;
-    uint32_t tokens, columns, chunks, x_stride, x_divisor, item_jobs;
+    uint32_t tokens, columns, chunks, x_stride, x_divisor, item_limit, item_jobs;
     uint32_t warps, groups;     /* of a group; of a block */
     uint32_t slots, token_rows; /* of a warp's ring; of the tokens' buffer */
+    uint32_t items_at;          /* in shared memory */
     bool items_early;
 
     /* WHOLE: from L2, as the kernel that followed the items' maker may not have ended. */
@@ -72,7 +73,10 @@ struct exchange {
     float sums[CUDA_CHAINS][JOB_ROWS][TOKENS + 1];
 };
 
-/* Behind it lie exchange [groups], if a job's chains are not one warp's, the tokens [token_rows] and the rings [WARPS]. */
+/*
+ * Behind it lie exchange [groups], if a job's chains are not one warp's, the tokens [token_rows], the rings [WARPS] and the
+ * items [item_limit].
+ */
 struct shared_memory {
     token_map maps[MAPS];
     uint64_t full[MAPS], empty[MAPS];
@@ -85,6 +89,11 @@ __host__ __device__ constexpr uint32_t token_bytes(uint32_t x_stride) {
 }
 
 #if __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ cuda_item *items_in_shared(const stream_parameters &p) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    return (cuda_item *)(memory + p.items_at);
+}
 
 /* A job of a run that ends before `end`, and what it is of its item: found by adding, as a division takes 20 times as long. */
 struct job_place {
@@ -119,7 +128,7 @@ template <int TYPE, bool WHOLE> struct feeder {
             if (chunk == first) {
                 const uint32_t tile_bytes = p.chunks * chunk_bytes, first_tile = at.of_item * job_tiles(WHOLE);
                 if (item != at.item)
-                    matrix = p.w.tiles + p.item<WHOLE>(at.item).expert * p.w.expert_bytes;
+                    matrix = p.w.tiles + items_in_shared(p)[at.item].expert * p.w.expert_bytes;
                 item = at.item;
                 tile = matrix + (uint64_t)first_tile * tile_bytes;
                 second = first_tile + 1 < p.w.row_tiles ? tile_bytes : 0;
@@ -287,11 +296,11 @@ template <bool ROUNDS> struct token_copier {
     __device__ __forceinline__ void advance(const stream_parameters &p, shared_memory &shared, unsigned char *tokens,
                                             uint32_t warp, int lane) {
         for (; next < count; next++) {
-            const cuda_item item = p.item<ROUNDS>(first_item + next);
+            const cuda_item item = items_in_shared(p)[first_item + next];
             for (; used + item.count > p.token_rows || next - oldest == MAPS; oldest++) {
                 if (!warp_done(&shared.empty[oldest % MAPS], oldest / MAPS & 1))
                     return;
-                used -= p.item<ROUNDS>(first_item + oldest).count;
+                used -= items_in_shared(p)[first_item + oldest].count;
             }
             if constexpr (ROUNDS)
                 round(p, shared, tokens, item, warp, lane);
@@ -309,21 +318,20 @@ template <bool ROUNDS> struct token_copier {
         const uint32_t full = shared_address(&shared.full[next % MAPS]);
         const bool own = (uint32_t)lane < item.count;
         uint32_t y = item.first + lane, x = 0;
+        const uint32_t at = base + lane, row = at < p.token_rows ? at : at - p.token_rows;
         if (own) {
             y = p.assignment<false>(y);
             x = y / p.x_divisor;
+            barrier_expect_more(full, 2 * p.x_stride);
+            barrier_copy(tokens + row * token_bytes(p.x_stride), p.x + (uint64_t)x * p.x_stride, 2 * p.x_stride, full);
             map.y_row[lane] = y;
-            map.factor[lane] = p.x_scale[x] * p.w.inverse_scale;
+            map.factor[lane] = p.x_scale[x] * p.w.inverse_scale; /* which comes while the row does */
         }
         if (lane == 0) {
             map.base = base;
             map.count = item.count;
         }
-        barrier_expect(full, own ? 2 * p.x_stride : 0); /* every lane, after its part of the map */
-        const uint32_t row = base + lane;
-        if (own)
-            barrier_copy(tokens + (row < p.token_rows ? row : row - p.token_rows) * token_bytes(p.x_stride),
-                         p.x + (uint64_t)x * p.x_stride, 2 * p.x_stride, full);
+        barrier_arrive(full); /* every lane, after its part of the map */
     }
 
     /* Rows of the buffer are dealt to the warps in turn. */
@@ -362,6 +370,7 @@ __global__ void __launch_bounds__(THREADS, 1) stream_kernel(const __grid_constan
     exchange *exchanges = reinterpret_cast<exchange *>(memory + sizeof shared);
     unsigned char *tokens = reinterpret_cast<unsigned char *>(exchanges + (WHOLE ? 0 : p.groups)),
                   *rings = tokens + p.token_rows * token_bytes(p.x_stride);
+    cuda_item *const items = items_in_shared(p);
     const uint32_t warp = threadIdx.x / 32, group = WHOLE ? warp : warp / p.warps;
     const int lane = threadIdx.x & 31;
     if (p.items_early)
@@ -373,16 +382,20 @@ __global__ void __launch_bounds__(THREADS, 1) stream_kernel(const __grid_constan
         }
         barriers_created();
     }
-    __syncthreads();
-    if (!p.items_early || group >= p.groups)
+    if (!p.items_early) {
         wait_for_predecessor();
-    if (!p.items_early)
         launch_dependents(); /* who comes next finds the items there */
-    if (group >= p.groups)
+    }
+    const uint32_t item_count = p.items ? p.read<WHOLE>(p.item_count) : 1;
+    for (uint32_t i = threadIdx.x; i < p.item_limit; i += THREADS) /* all, as how many there are comes no sooner */
+        items[i] = p.item<WHOLE>(i);
+    __syncthreads();
+    if (group >= p.groups) {
+        wait_for_predecessor();
         return;
+    }
     uint32_t begin, end;
-    item_run([&](uint32_t i) { return p.item<WHOLE>(i).count; }, p.items ? p.read<WHOLE>(p.item_count) : 1, p.item_jobs,
-             lane, begin, end);
+    item_run(items, item_count, p.item_jobs, lane, begin, end);
     job_place at(begin + group, end, p.item_jobs);
     feeder<TYPE, WHOLE> weights(
         stream_create(rings + warp * p.slots * slot_bytes, shared.ring[warp], slot_bytes, p.slots, lane), at,
@@ -431,11 +444,15 @@ __global__ void __launch_bounds__(THREADS, 1) stream_kernel(const __grid_constan
 #endif
 }
 
+uint32_t item_limit(const struct cuda_matmul *m) {
+    return m->items ? m->item_limit : 1;
+}
+
 /* How a product is cut; slots 0: it cannot be. */
 struct stream_plan {
     bool whole;
     uint32_t warps, groups, slots, token_rows;
-    size_t shared;
+    size_t items_at, shared;
 };
 
 stream_plan plan_stream(const struct cuda_matmul *m) {
@@ -448,9 +465,10 @@ stream_plan plan_stream(const struct cuda_matmul *m) {
     plan.groups = plan.whole ? WARPS : std::min(WARPS / plan.warps, GROUPS_MOST);
     const size_t slot = WARPS * job_tiles(plan.whole) * launch_chunk_bytes(type);
     plan.shared = sizeof(shared_memory) + (plan.whole ? 0 : plan.groups * sizeof(exchange)) +
-                  (size_t)plan.token_rows * token_bytes(chunks * CUDA_CHUNK);
+                  (size_t)plan.token_rows * token_bytes(chunks * CUDA_CHUNK) + item_limit(m) * sizeof(cuda_item);
     if (plan.shared < SHARED_MOST)
         plan.slots = std::min((uint32_t)((SHARED_MOST - plan.shared) / slot), SLOTS_MOST);
+    plan.items_at = plan.shared - item_limit(m) * sizeof(cuda_item) + plan.slots * slot;
     plan.shared += plan.slots * slot;
     return plan;
 }
@@ -468,7 +486,7 @@ uint32_t item_jobs(const struct cuda_matmul *m, bool whole) {
 }
 
 uint32_t jobs_most(const struct cuda_matmul *m, bool whole) {
-    return (m->items ? m->item_limit : 1) * item_jobs(m, whole);
+    return item_limit(m) * item_jobs(m, whole);
 }
 
 } // namespace
@@ -501,6 +519,8 @@ cudaError_t matmul_stream(const struct cuda_matmul *m, cudaStream_t stream) {
     p.order = m->order;
     p.chunks = matmul_chunks(m);
     p.x_stride = p.chunks * CUDA_CHUNK;
+    p.items_at = (uint32_t)plan.items_at;
+    p.item_limit = item_limit(m);
     p.item_jobs = item_jobs(m, plan.whole);
     p.warps = plan.warps;
     p.groups = plan.groups;
