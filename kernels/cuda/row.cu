@@ -304,6 +304,7 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
     /* Where the warp's first chunk of weights was. */
     const auto chain_sums = [&](uint32_t chain) { return (float *)(weights + chain * chunk_bytes); };
     if (own_rounds > 0) {
+        __syncwarp(); /* its lanes have read that */
         float *out = chain_sums(chain) + lane / 4 * SUMS_STRIDE + 2 * (lane & 3);
         out[0] = sums[0];
         out[1] = sums[1];
