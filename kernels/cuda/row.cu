@@ -1,35 +1,22 @@
 /*
- * The products of a step of one row, with what stands between them, and dense products of a few: see cuda_row_matmul in
- * cuda.h.
- *
- * In such a step most of the time goes to latency, and to fetching instructions. So weights are copied to shared memory
- * before the predecessor has ended, wherever it is known by then which, and expanded in a rolled loop; and the norm
- * before a product, the choice of experts and the rounding of their hidden rows are done by each block for itself, in
- * place of a kernel that all would wait for. The order of every sum is that of the kernels for any number of rows.
+ * Products of a step of one row, with the norm or the choice of experts before them, and dense products of a few: see
+ * cuda_row_matmul in cuda.h, and row.cuh.
  */
 #include <algorithm>
 
-#include "kernels/cuda/barrier.cuh"
-#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.cuh"
-#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/norm.cuh"
 #include "kernels/cuda/route.cuh"
-#include "kernels/cuda/tile.cuh"
+#include "kernels/cuda/row.cuh"
 
 namespace {
 
 constexpr uint32_t TILES_MOST = 6, TILE_THREADS = 32 * CUDA_CHAINS; /* a block's tiles, a warp a chain */
 constexpr uint32_t COLUMNS_MOST = NORM_COLUMNS_MAX, ROUNDS_MOST = COLUMNS_MOST / CUDA_CHUNK / CUDA_CHAINS;
 constexpr uint32_t EXPANDED_BYTES = 2 * CUDA_TILE_ROWS * CUDA_CHUNK; /* of a chunk */
-constexpr uint32_t USED_MOST = 8, EXPERTS_A_LANE = 4;
 constexpr uint32_t SUMS_STRIDE = CUDA_ROW_TOKENS + 1;
-constexpr uint32_t MIX_WARPS = 12; /* registers suffice for these beside a block of the product before */
-/*
- * Of Hopper's shared memory: what a block can have, and of what two do not fit into a multiprocessor, for blocks that begin
- * early would crowd on those that happen to have room.
- */
-constexpr uint32_t SHARED_MOST = 227 << 10, SHARED_ALONE = 115 << 10;
+/* Of which two do not fit into a multiprocessor: blocks that begin early would crowd on those that happen to have room. */
+constexpr uint32_t SHARED_ALONE = 115 << 10;
 constexpr uint32_t SHARED_BESIDE = 190 << 10; /* leaves room for a block of attention's join */
 
 struct row_parameters {
@@ -39,11 +26,11 @@ struct row_parameters {
     const half *x; /* rounded; or NULL: `floats` are to be normed */
     const float *x_scale, *floats, *norm;
     float epsilon;
-    uint32_t x_bytes;                           /* of a row, in shared memory */
+    uint32_t x_bytes;                             /* of a row, in shared memory */
     uint32_t weights_at, tile_bytes, expanded_at; /* there */
     uint32_t expanded;                            /* chunks of a tile; others are expanded where they are used */
     const float *logits;                          /* by expert, or NULL */
-    uint32_t experts, used, blocks; /* used: matrices, a rank's each, of so many blocks */
+    uint32_t experts, used, blocks;               /* used: matrices, a rank's each, of so many blocks */
 };
 
 /* Behind it lie x, what is to be normed and the norm, and the weights. */
@@ -53,49 +40,9 @@ struct alignas(128) row_memory {
     uint64_t weights_full[TILES_MOST][ROUNDS_MOST], x_full, norm_full; /* weights: a chunk of every chain each */
 };
 
-static_assert(USED_MOST * CUDA_TILE_ROWS <= 32 * MIX_WARPS, "a thread for each sum of an expert");
-
-struct mix_parameters {
-    matmul_part w;
-    uint32_t chunks, chains, columns, experts, used;
-    const float *logits, *hidden;
-    uint32_t *chosen;
-    float *weights;
-    uint32_t expert_bytes; /* in shared memory: weights, and behind them the hidden row */
-};
-
-/* Behind it lie the experts. */
-struct alignas(128) mix_memory {
-    float sums[USED_MOST][CUDA_CHAINS][CUDA_TILE_ROWS], factor[USED_MOST];
-    uint32_t chosen[USED_MOST];
-    float weight[32];
-    uint64_t weights_full[USED_MOST];
-};
-
 #if __CUDA_ARCH__ >= 900
 
-/* sums (mma.cuh; every column of b is x) += two groups of weights times x, the lane's part of each. */
-__device__ __forceinline__ void multiply_pair(const uint32_t a[2][8], const unsigned char *x, float sums[4]) {
-    const uint4 b0 = *(const uint4 *)x, b1 = *(const uint4 *)(x + 64);
-    mma(sums, a[0], b0.x, b0.y);
-    mma(sums, a[0] + 4, b0.z, b0.w);
-    mma(sums, a[1], b1.x, b1.y);
-    mma(sums, a[1] + 4, b1.z, b1.w);
-}
-
-template <int TYPE>
-__device__ __forceinline__ void multiply_chunk(const unsigned char *weights, const unsigned char *x, float matrix_scale,
-                                               uint32_t lane, float sums[4]) {
-    const tile_in_place<TYPE> now(weights, matrix_scale, lane);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint32_t a[2][8];
-        now.fragments(i, a);
-        multiply_pair(a, x + 16 * (lane & 3) + 128 * i, sums);
-    }
-}
-
-/* The same in two steps: each lane reads what it has written. */
+/* multiply_chunk in two steps: each lane reads what it has written. */
 template <int TYPE>
 __device__ __forceinline__ void expand_chunk(const unsigned char *weights, float matrix_scale, uint32_t lane,
                                              uint4 *to) {
@@ -178,11 +125,6 @@ constexpr uint32_t HOLD_BYTES = 11; /* of a block's weights, for each cycle that
 __device__ __forceinline__ void hold_place(uint32_t cycles) {
     for (const long long from = clock64(); clock64() - from < cycles;)
         __nanosleep(100);
-}
-
-__device__ __forceinline__ void fetch(void *to, const void *from, uint32_t bytes, uint64_t *full) {
-    barrier_expect(full, bytes);
-    barrier_copy(to, from, bytes, full);
 }
 
 #endif
@@ -325,122 +267,6 @@ __global__ void __launch_bounds__(TILES_MOST *TILE_THREADS) row_kernel(const __g
 #endif
 }
 
-/* A block is a tile of all experts: warp i prepares the expert of rank i, then all chains are dealt to all warps. */
-template <int TYPE>
-__global__ void __launch_bounds__(32 * MIX_WARPS) mix_kernel(const __grid_constant__ mix_parameters p) {
-#if __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(128) unsigned char memory[];
-    mix_memory &shared = *reinterpret_cast<mix_memory *>(memory);
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, fours = p.columns / 4;
-    constexpr uint32_t chunk_bytes = (uint32_t)launch_chunk_bytes(TYPE);
-    const uint32_t bytes = p.chunks * chunk_bytes;
-    unsigned char *const experts = memory + sizeof shared, *const weights = experts + warp * p.expert_bytes;
-    if (warp == 0) { /* the logits have been there since the predecessor let this begin */
-        const route_choice choice = route_choose<EXPERTS_A_LANE>(p.logits, p.experts, p.used, lane, shared.chosen);
-        const float weight = route_weight(choice, p.used, lane);
-        shared.weight[lane] = weight;
-        if (blockIdx.x == 0 && lane < p.used) {
-            p.chosen[lane] = shared.chosen[lane];
-            p.weights[lane] = weight;
-        }
-    }
-    __syncthreads();
-    if (lane == 0 && warp < p.used) {
-        barrier_create(&shared.weights_full[warp], 1);
-        barriers_created();
-        fetch(weights, p.w.tiles + shared.chosen[warp] * p.w.expert_bytes + (uint64_t)blockIdx.x * bytes, bytes,
-              &shared.weights_full[warp]);
-    }
-    wait_for_predecessor();
-    launch_dependents(); /* blocks that begin while gate and up end put this moment off */
-    const uint32_t row = blockIdx.x * CUDA_TILE_ROWS + threadIdx.x;
-    const bool writes = threadIdx.x < CUDA_TILE_ROWS && row < p.w.rows;
-    const float before = writes ? p.w.y[row] : 0.0f;
-    if (warp < p.used) {
-        float4 *hidden = (float4 *)(weights + bytes);
-        constexpr uint32_t AT_ONCE = 6; /* fours of a lane */
-        const float4 *from = (const float4 *)(p.hidden + warp * p.columns);
-        float greatest = 0, shrink;
-#pragma unroll 1
-        for (uint32_t i = lane; i < fours; i += 32 * AT_ONCE) {
-            float4 value[AT_ONCE];
-#pragma unroll
-            for (uint32_t k = 0; k < AT_ONCE; k++)
-                value[k] = i + 32 * k < fours ? from[i + 32 * k] : make_float4(0, 0, 0, 0);
-#pragma unroll
-            for (uint32_t k = 0; k < AT_ONCE; k++) {
-                greatest = greater(greatest, greatest_of(value[k]));
-                if (i + 32 * k < fours)
-                    hidden[i + 32 * k] = value[k];
-            }
-        }
-        const float scale = rounding_scale(warp_greatest(greatest), shrink);
-        /* In place: halves take the room of floats that have been read. */
-#pragma unroll 1
-        for (uint32_t i = lane; i < CUDA_CHUNK / 4 * p.chunks; i += 64) {
-            const uint2 first = i < fours ? rounded(hidden[i], shrink) : make_uint2(0, 0);
-            const uint2 second = i + 32 < fours ? rounded(hidden[i + 32], shrink) : make_uint2(0, 0);
-            __syncwarp();
-            ((uint2 *)hidden)[i] = first;
-            ((uint2 *)hidden)[i + 32] = second;
-        }
-        if (lane == 0)
-            shared.factor[warp] = scale * p.w.inverse_scale;
-    }
-    __syncthreads();
-    uint32_t expert = 0, chain = warp;
-#pragma unroll 1
-    while (true) {
-        for (; chain >= p.chains; chain -= p.chains)
-            expert++;
-        if (expert >= p.used)
-            break;
-        barrier_wait(&shared.weights_full[expert], 0);
-        const unsigned char *of = experts + expert * p.expert_bytes;
-        float sums[4] = {};
-#pragma unroll 1
-        for (uint32_t chunk = chain; chunk < p.chunks; chunk += CUDA_CHAINS)
-            multiply_chunk<TYPE>(of + chunk * chunk_bytes, of + bytes + 2 * CUDA_CHUNK * chunk, p.w.scale, lane, sums);
-        if (lane % 4 == 0) {
-            float *out = shared.sums[expert][chain] + lane / 4;
-            out[0] = sums[0];
-            out[8] = sums[2];
-        }
-        chain += MIX_WARPS;
-    }
-    __syncthreads();
-    if (threadIdx.x < p.used * CUDA_TILE_ROWS) {
-        float(*own)[CUDA_TILE_ROWS] = shared.sums[threadIdx.x / CUDA_TILE_ROWS];
-        const uint32_t r = threadIdx.x % CUDA_TILE_ROWS;
-        own[0][r] = matmul_join(p.chains, [&](int chain) { return own[chain][r]; }) *
-                    shared.factor[threadIdx.x / CUDA_TILE_ROWS];
-    }
-    __syncthreads();
-    if (!writes)
-        return;
-    float mixture = 0;
-#pragma unroll
-    for (uint32_t rank = 0; rank < USED_MOST; rank++)
-        if (rank < p.used)
-            mixture = fmaf(shared.weight[rank], shared.sums[rank][0][threadIdx.x], mixture);
-    p.w.y[row] = before + mixture;
-#endif
-}
-
-template <class KERNEL, class PARAMETERS>
-cudaError_t launch_shared(KERNEL *kernel, dim3 grid, uint32_t threads, uint32_t shared, cudaStream_t stream,
-                          const PARAMETERS &p) {
-    /* The greatest share of shared memory: else none of these could begin beside another. */
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                             cudaSharedmemCarveoutMaxShared);
-    error = error ? error : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    return error ? error : launch(kernel, grid, dim3(threads), shared, stream, p);
-}
-
-uint32_t chunks_of(const struct cuda_matrix *w) {
-    return (w->columns + CUDA_CHUNK - 1) / CUDA_CHUNK;
-}
-
 /* How a launch of row_kernel is cut, and what of shared memory is where; shared 0: it cannot be. */
 struct row_plan {
     uint32_t tiles, x_bytes, weights_at, tile_bytes, expanded_at, expanded, shared; /* tiles: of a block */
@@ -474,10 +300,6 @@ row_plan plan_row(const struct cuda_matrix *const *parts, uint32_t count, bool n
     return plan;
 }
 
-uint32_t expert_bytes_of(const struct cuda_matrix *down) {
-    return (chunks_of(down) * ((uint32_t)launch_chunk_bytes(down->type) + 4 * CUDA_CHUNK) + 127) / 128 * 128;
-}
-
 } // namespace
 
 bool cuda_row_takes(const struct cuda_matrix *const *parts, uint32_t count, bool normed, uint32_t used, uint32_t tokens) {
@@ -488,11 +310,6 @@ bool cuda_row_takes(const struct cuda_matrix *const *parts, uint32_t count, bool
         takes = takes && (parts[i]->type == parts[0]->type ||
                           (parts[i]->type == QUANT_Q6_K && parts[0]->type != QUANT_Q8_0));
     return takes && plan_row(parts, count, normed, used, tokens).shared > 0;
-}
-
-bool cuda_row_takes_mix(const struct cuda_matrix *down, uint32_t used) {
-    return matmul_is_quantized(down->type) && down->experts <= 32 * EXPERTS_A_LANE && used <= USED_MOST &&
-           sizeof(mix_memory) + used * expert_bytes_of(down) <= SHARED_MOST && launch_is_hopper(mix_kernel<QUANT_Q4_K>);
 }
 
 cudaError_t cuda_row_matmul(const struct cuda_matmul *m, uint32_t count, const struct cuda_norm *norm,
@@ -562,35 +379,6 @@ cudaError_t cuda_row_matmul(const struct cuda_matmul *m, uint32_t count, const s
     case QUANT_Q5_K: return alike ? go(row_kernel<QUANT_Q5_K, QUANT_Q5_K>) : go(row_kernel<QUANT_Q5_K, QUANT_Q6_K>);
     case QUANT_Q6_K: return go(row_kernel<QUANT_Q6_K, QUANT_Q6_K>);
     case QUANT_Q8_0: return go(row_kernel<QUANT_Q8_0, QUANT_Q8_0>);
-    default: return cudaErrorInvalidValue;
-    }
-}
-
-cudaError_t cuda_row_mix(const struct cuda_row_mix *m, cudaStream_t stream) {
-    struct cuda_matmul product = {};
-    product.w = m->w;
-    product.y = m->x;
-    mix_parameters p = {};
-    p.w = matmul_part_of(&product);
-    p.chunks = matmul_chunks(&product);
-    p.chains = std::min(p.chunks, (uint32_t)CUDA_CHAINS);
-    p.columns = m->w->columns;
-    p.experts = m->route->experts;
-    p.used = m->route->used;
-    p.logits = m->route->logits;
-    p.hidden = m->hidden;
-    p.chosen = m->route->chosen;
-    p.weights = m->route->weights;
-    p.expert_bytes = expert_bytes_of(m->w);
-    const uint32_t shared = sizeof(mix_memory) + p.used * p.expert_bytes;
-    const auto go = [&](auto *kernel) {
-        return launch_shared(kernel, dim3(p.w.row_tiles), 32 * MIX_WARPS, shared, stream, p);
-    };
-    switch (m->w->type) {
-    case QUANT_Q4_K: return go(mix_kernel<QUANT_Q4_K>);
-    case QUANT_Q5_K: return go(mix_kernel<QUANT_Q5_K>);
-    case QUANT_Q6_K: return go(mix_kernel<QUANT_Q6_K>);
-    case QUANT_Q8_0: return go(mix_kernel<QUANT_Q8_0>);
     default: return cudaErrorInvalidValue;
     }
 }
