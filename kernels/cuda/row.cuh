@@ -23,7 +23,7 @@ constexpr uint32_t SHARED_MOST = 227 << 10; /* of Hopper's shared memory, what a
 
 #if __CUDA_ARCH__ >= 900
 
-/* sums (mma.cuh) += two groups of weights times x: the lane's part of the row that its column of b is, all the same or not. */
+/* sums (mma.cuh) += two groups of weights times x: the lane's part of the row that its column of b is. */
 __device__ __forceinline__ void multiply_pair(const uint32_t a[2][8], const unsigned char *x, float sums[4]) {
     const uint4 b0 = *(const uint4 *)x, b1 = *(const uint4 *)(x + 64);
     mma(sums, a[0], b0.x, b0.y);

@@ -1,6 +1,6 @@
 /*
- * down and the mixture of experts in a step of one row, with the choice of experts and the rounding of their hidden rows: see
- * cuda_row_mix in cuda.h, and row.cuh.
+ * down and the mixture of experts in a step of one row, with the choice of experts and the rounding of their hidden rows:
+ * see cuda_row_mix in cuda.h, and row.cuh.
  */
 #include <algorithm>
 
