@@ -15,6 +15,7 @@ constexpr uint32_t TILES_MOST = 6, TILE_THREADS = 32 * CUDA_CHAINS; /* a block's
 constexpr uint32_t COLUMNS_MOST = NORM_COLUMNS_MAX, ROUNDS_MOST = COLUMNS_MOST / CUDA_CHUNK / CUDA_CHAINS;
 constexpr uint32_t EXPANDED_BYTES = 2 * CUDA_TILE_ROWS * CUDA_CHUNK; /* of a chunk */
 constexpr uint32_t SUMS_STRIDE = CUDA_ROW_TOKENS + 1;
+static_assert(CUDA_TILE_ROWS * SUMS_STRIDE * sizeof(float) <= launch_chunk_bytes(QUANT_Q4_K), "sums in a chunk's place");
 /* Of which two do not fit into a multiprocessor: blocks that begin early would crowd on those that happen to have room. */
 constexpr uint32_t SHARED_ALONE = 115 << 10;
 constexpr uint32_t SHARED_BESIDE = 190 << 10; /* leaves room for a block of attention's join */
