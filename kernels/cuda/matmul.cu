@@ -89,11 +89,6 @@ template <int N_TILES> struct operands {
     }
 };
 
-/* Halves of a row in shared memory, with 64 bytes between: what eight lanes read of two rows lies in different banks. */
-__host__ __device__ constexpr uint32_t rounded_stride(uint32_t x_stride) {
-    return x_stride + 32;
-}
-
 /* ROUNDS: rows are `floats`, which the block rounds to shared memory. */
 template <int TYPE, bool ROUNDS, int N_TILES, int ROW_TILES>
 __device__ __forceinline__ void multiply(const parameters &p, const matmul_part &w, uint32_t block,
@@ -140,10 +135,10 @@ __device__ __forceinline__ void multiply(const parameters &p, const matmul_part 
     const half *x[N_TILES]; /* columns behind the last token repeat it, and nobody reads what comes of them */
     if constexpr (ROUNDS) {
         extern __shared__ __align__(16) half halves[];
+        const uint32_t stride = matmul_token_stride(p.x_stride);
         for (uint32_t j = threadIdx.x / 32; j < count; j += WARPS) {
             const float4 *row = (const float4 *)(p.floats + (uint64_t)map.x_row(j) * p.columns);
-            const float scale =
-                round_few(row, p.columns / 4, p.chunks, (uint2 *)(halves + j * rounded_stride(p.x_stride)), lane);
+            const float scale = round_few(row, p.columns / 4, p.chunks, (uint2 *)(halves + j * stride), lane);
             if (lane == 0) {
                 shared.y_row[j] = map.y_row(j);
                 shared.x_scale[j] = scale * w.inverse_scale;
@@ -152,7 +147,7 @@ __device__ __forceinline__ void multiply(const parameters &p, const matmul_part 
         __syncthreads();
 #pragma unroll
         for (int n = 0; n < N_TILES; n++)
-            x[n] = halves + min(8 * n + lane / 4, count - 1) * rounded_stride(p.x_stride) + 8 * (lane & 3);
+            x[n] = halves + min(8 * n + lane / 4, count - 1) * stride + 8 * (lane & 3);
     } else {
 #pragma unroll
         for (int n = 0; n < N_TILES; n++)
@@ -257,7 +252,7 @@ cudaError_t launch_tiles(parameters &p, uint32_t groups, cudaStream_t stream) {
     if constexpr (N_TILES == 1 && TYPE == OTHER && matmul_is_quantized(TYPE))
         if (p.floats)
             return launch(matmul_kernel<TYPE, OTHER, true, N_TILES, ROW_TILES>, dim3(blocks, groups), dim3(WARPS * 32),
-                          p.tokens * rounded_stride(p.x_stride) * sizeof(half), stream, p);
+                          p.tokens * matmul_token_bytes(p.x_stride), stream, p);
     return launch(matmul_kernel<TYPE, OTHER, false, N_TILES, ROW_TILES>, dim3(blocks, groups), dim3(WARPS * 32), 0, stream,
                   p);
 }

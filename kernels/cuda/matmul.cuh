@@ -42,6 +42,14 @@ static inline uint32_t matmul_chunks(const struct cuda_matmul *m) {
     return (m->w->columns + CUDA_CHUNK - 1) / CUDA_CHUNK;
 }
 
+/* From a token's halves in shared memory to the next's: what eight lanes read of two tokens lies in different banks. */
+static __host__ __device__ constexpr uint32_t matmul_token_stride(uint32_t halves) {
+    return halves + 32;
+}
+static __host__ __device__ constexpr uint32_t matmul_token_bytes(uint32_t halves) {
+    return 2 * matmul_token_stride(halves);
+}
+
 static inline matmul_part matmul_part_of(const struct cuda_matmul *m) {
     const struct cuda_matrix *w = m->w;
     matmul_part part = {};

@@ -19,8 +19,7 @@ namespace {
 constexpr int TOKENS = 64, WARPS_MAX = 12;
 constexpr uint32_t TILES_MOST = 12; /* of a cluster */
 constexpr uint32_t TOKENS_FEW = 16; /* up to which a block for each tile is faster, if there are enough */
-/* Of a token's chunk, with 64 between: what eight lanes read of two tokens lies in different banks. */
-constexpr uint32_t ROW_BYTES = 2 * CUDA_CHUNK + 64;
+constexpr uint32_t ROW_BYTES = matmul_token_bytes(CUDA_CHUNK); /* of a token's chunk */
 constexpr size_t SHARED_MOST = 227 << 10;
 
 struct cluster_parameters {

@@ -83,11 +83,6 @@ struct shared_memory {
     uint64_t ring[WARPS][SLOTS_MOST];
 };
 
-/* In shared memory, with 64 bytes between: what eight lanes read of two tokens lies in different banks. */
-__host__ __device__ constexpr uint32_t token_bytes(uint32_t x_stride) {
-    return 2 * x_stride + 64;
-}
-
 #if __CUDA_ARCH__ >= 900
 
 __device__ __forceinline__ cuda_item *items_in_shared(const stream_parameters &p) {
@@ -161,7 +156,8 @@ template <int N_TILES> struct token_columns {
 #pragma unroll
         for (int n = 0; n < N_TILES; n++) {
             const uint32_t row = map.base + min(8 * n + lane / 4, map.count - 1);
-            x[n] = tokens + (row < p.token_rows ? row : row - p.token_rows) * token_bytes(p.x_stride) + 16 * (lane & 3);
+            x[n] = tokens + (row < p.token_rows ? row : row - p.token_rows) * matmul_token_bytes(p.x_stride) +
+                   16 * (lane & 3);
         }
     }
 };
@@ -323,7 +319,8 @@ template <bool ROUNDS> struct token_copier {
             y = p.assignment<false>(y);
             x = y / p.x_divisor;
             barrier_expect_more(full, 2 * p.x_stride);
-            barrier_copy(tokens + row * token_bytes(p.x_stride), p.x + (uint64_t)x * p.x_stride, 2 * p.x_stride, full);
+            barrier_copy(tokens + row * matmul_token_bytes(p.x_stride), p.x + (uint64_t)x * p.x_stride, 2 * p.x_stride,
+                         full);
             map.y_row[lane] = y;
             map.factor[lane] = p.x_scale[x] * p.w.inverse_scale; /* which comes while the row does */
         }
@@ -344,7 +341,7 @@ template <bool ROUNDS> struct token_copier {
             const uint32_t row = at < p.token_rows ? at : at - p.token_rows;
             const float4 *values = (const float4 *)(p.floats + (uint64_t)(y / p.x_divisor) * p.columns);
             const float scale = round_few(values, p.columns / 4, p.chunks,
-                                          (uint2 *)(tokens + row * token_bytes(p.x_stride)), lane);
+                                          (uint2 *)(tokens + row * matmul_token_bytes(p.x_stride)), lane);
             if (lane == 0) {
                 map.y_row[j] = y;
                 map.factor[j] = scale * p.w.inverse_scale;
@@ -369,7 +366,7 @@ __global__ void __launch_bounds__(THREADS, 1) stream_kernel(const __grid_constan
     shared_memory &shared = *reinterpret_cast<shared_memory *>(memory);
     exchange *exchanges = reinterpret_cast<exchange *>(memory + sizeof shared);
     unsigned char *tokens = reinterpret_cast<unsigned char *>(exchanges + (WHOLE ? 0 : p.groups)),
-                  *rings = tokens + p.token_rows * token_bytes(p.x_stride);
+                  *rings = tokens + p.token_rows * matmul_token_bytes(p.x_stride);
     cuda_item *const items = items_in_shared(p);
     const uint32_t warp = threadIdx.x / 32, group = WHOLE ? warp : warp / p.warps;
     const int lane = threadIdx.x & 31;
@@ -464,12 +461,13 @@ stream_plan plan_stream(const struct cuda_matmul *m) {
     plan.warps = plan.whole ? 1 : std::min(chunks, (uint32_t)CUDA_CHAINS);
     plan.groups = plan.whole ? WARPS : std::min(WARPS / plan.warps, GROUPS_MOST);
     const size_t slot = WARPS * job_tiles(plan.whole) * launch_chunk_bytes(type);
-    plan.shared = sizeof(shared_memory) + (plan.whole ? 0 : plan.groups * sizeof(exchange)) +
-                  (size_t)plan.token_rows * token_bytes(chunks * CUDA_CHUNK) + item_limit(m) * sizeof(cuda_item);
-    if (plan.shared < SHARED_MOST)
-        plan.slots = std::min((uint32_t)((SHARED_MOST - plan.shared) / slot), SLOTS_MOST);
-    plan.items_at = plan.shared - item_limit(m) * sizeof(cuda_item) + plan.slots * slot;
-    plan.shared += plan.slots * slot;
+    const size_t rings_at = sizeof(shared_memory) + (plan.whole ? 0 : plan.groups * sizeof(exchange)) +
+                            (size_t)plan.token_rows * matmul_token_bytes(chunks * CUDA_CHUNK);
+    const size_t items = item_limit(m) * sizeof(cuda_item);
+    if (rings_at + items < SHARED_MOST)
+        plan.slots = std::min((uint32_t)((SHARED_MOST - rings_at - items) / slot), SLOTS_MOST);
+    plan.items_at = rings_at + plan.slots * slot;
+    plan.shared = plan.items_at + items;
     return plan;
 }
 

@@ -281,8 +281,7 @@ row_plan plan_row(const struct cuda_matrix *const *parts, uint32_t count, bool n
         tiles += (parts[i]->rows + CUDA_TILE_ROWS - 1) / CUDA_TILE_ROWS * std::max(used, 1u);
         plan.tile_bytes = std::max(plan.tile_bytes, chunks * (uint32_t)launch_chunk_bytes(parts[i]->type));
     }
-    /* Between rows 64 more: what eight lanes read of two of them lies in different banks. */
-    plan.x_bytes = 2 * CUDA_CHUNK * chunks + (rows > 1 ? 64 : 0);
+    plan.x_bytes = rows > 1 ? matmul_token_bytes(CUDA_CHUNK * chunks) : 2 * CUDA_CHUNK * chunks;
     plan.weights_at = sizeof(row_memory) + rows * plan.x_bytes + (normed ? 8 * parts[0]->columns : 0);
     plan.weights_at = (plan.weights_at + 127) / 128 * 128;
     plan.tiles = std::min((tiles + processors - 1) / processors, TILES_MOST);
